@@ -1,0 +1,37 @@
+"""Diagnostics for PyTorch Lightning: what is sick in a run, since when, why, and what to do."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_diag.callbacks.gradient_health import GradientHealth as GradientHealth
+    from lightning_diag.components import Components as Components
+    from lightning_diag.components import param_groups as param_groups
+    from lightning_diag.records import RunLogger as RunLogger
+    from lightning_diag.records import read_run as read_run
+    from lightning_diag.rules import diagnose as diagnose
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Components": "lightning_diag.components",
+    "GradientHealth": "lightning_diag.callbacks.gradient_health",
+    "RunLogger": "lightning_diag.records",
+    "diagnose": "lightning_diag.rules",
+    "param_groups": "lightning_diag.components",
+    "read_run": "lightning_diag.records",
+}
+
+__all__ = ["Components", "GradientHealth", "RunLogger", "diagnose", "param_groups", "read_run"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module `lightning_diag` has no attribute `{name}`.")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

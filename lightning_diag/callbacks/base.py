@@ -1,0 +1,469 @@
+"""What all diagnostics share: when they measure, how they read, report, fail and are timed."""
+
+import functools
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from time import perf_counter
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_diag.callbacks.clock import Clock, Read
+from lightning_diag.callbacks.run import add_run_logger, run_logger
+from lightning_diag.components import Assignment, Components, Patterns
+from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_diag.records import RunLogger
+
+__all__ = ["Diagnostic", "Interval", "OnError", "Row"]
+
+Interval = int | Literal["auto"]
+OnError = Literal["warn", "raise"]
+Row = dict[str, object]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_FIRST_AUTO_STEP = 4
+_CHECKPOINT_KEY = "lightning_diag"
+_SHARDING = frozenset({"FSDPStrategy", "ModelParallelStrategy"})
+
+
+def _isolated(
+    hook: Callable[Concatenate["Diagnostic", _P], _T],
+) -> Callable[Concatenate["Diagnostic", _P], _T]:
+    """A hook that times itself, and whose exception ends the diagnostic instead of the run."""
+
+    def run(self: "Diagnostic", /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
+        if self._inside:
+            return hook(self, *args, **kwargs)
+        if self._ended and not (self._owes_collective and hook.__name__ in self.collective_hooks):
+            return {} if hook.__name__ == "state_dict" else None
+        self._inside, start = True, perf_counter()
+        try:
+            return hook(self, *args, **kwargs)
+        except Exception as error:
+            self._end(hook.__name__, error)
+            return {} if hook.__name__ == "state_dict" else None
+        finally:
+            self._inside = False
+            self._seconds += perf_counter() - start
+
+    functools.update_wrapper(run, hook)
+    return run
+
+
+class Diagnostic(Callback):
+    """A callback that answers one question about training and changes nothing in it.
+
+    A subclass overrides Lightning hooks as any callback does, calling ``super()``. Every hook it
+    defines is isolated: an exception becomes one warning and ends this diagnostic, never the run.
+
+    Args:
+        components: The parts of the model to speak of: a mapping of names to globs, a `Components`,
+            or None for the top-level children.
+        every_n_steps: Measure at each n-th optimizer step (steps n-1, 2n-1, ... counted from 0), or
+            ``"auto"`` for the shortest interval that keeps to `overhead_budget`.
+        on_error: ``"warn"`` ends the diagnostic with a warning, ``"raise"`` lets the exception out.
+        overhead_budget: Share of training time that ``"auto"`` may spend.
+
+    Raises:
+        TypeError: If `components` is of the wrong kind.
+        ValueError: If another argument is out of range.
+    """
+
+    prefix: ClassVar[str]
+    logged: ClassVar[frozenset[str]] = frozenset()
+    collective_hooks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _isolate(cls)
+
+    def __init__(
+        self,
+        components: Patterns | Components | None = None,
+        *,
+        every_n_steps: Interval = 50,
+        on_error: OnError = "warn",
+        overhead_budget: float = 0.01,
+    ) -> None:
+        _check_interval(every_n_steps)
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f'`on_error` must be "warn" or "raise", got {on_error!r}.')
+        if not 0 < overhead_budget <= 1:
+            raise ValueError(f"`overhead_budget` must lie in (0, 1], got {overhead_budget}.")
+        self.components = Components(components)
+        self.every_n_steps = every_n_steps
+        self.on_error = on_error
+        self.overhead_budget = overhead_budget
+        self._inside = False
+        self._ended = False
+        self._error: Exception | None = None
+        self._sharded = False
+        self._owes_collective = False
+        self._assignment: Assignment | None = None
+        self._callback_metrics: dict[str, Tensor] = {}
+        self._broken_loggers: set[int] = set()
+        self._pending: deque[Read] = deque()
+        self._clock = Clock()
+        self._seconds = 0.0
+        self._device_seconds = 0.0
+        self._measured = 0
+        self._interval = 1 if every_n_steps == "auto" else every_n_steps
+        self._last_due: dict[int, int] = {}
+        self._optimizer_steps: dict[int, int] = {}
+        self._resumed: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}{{{self.components.patterns}, {self.every_n_steps}}}"
+
+    # ---- what a subclass uses ----
+
+    def step_of(self, trainer: Trainer) -> int:
+        """The step that is under way, counted from 0, on the axis of Lightning's own metrics."""
+        if trainer.lightning_module.automatic_optimization:
+            return trainer.global_step
+        return max(trainer.fit_loop.total_batch_idx, 0)
+
+    def is_due(self, trainer: Trainer, optimizer: Optimizer) -> bool:
+        """Whether the step that `optimizer` is about to make is one to measure.
+
+        To be asked exactly once before each optimizer step: under manual optimization, every
+        optimizer's own steps are counted here.
+        """
+        index = trainer.optimizers.index(optimizer) if optimizer in trainer.optimizers else -1
+        done = trainer.global_step
+        if not trainer.lightning_module.automatic_optimization:
+            done = self._optimizer_steps.get(index, 0)
+            self._optimizer_steps[index] = done + 1
+        if self.every_n_steps != "auto":
+            return (done + 1) % self._interval == 0
+        due = done >= self._last_due.get(index, _FIRST_AUTO_STEP - self._interval) + self._interval
+        if due:
+            self._last_due[index] = done
+        return due
+
+    def device_began(self, device: torch.device) -> torch.cuda.Event | None:
+        """Mark the beginning of a measurement on a CUDA device; None on others."""
+        if device.type != "cuda":
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def read(
+        self, values: Tensor, then: Callable[[Tensor], None], began: torch.cuda.Event | None
+    ) -> None:
+        """Start the one copy to the host that a measured step may cost.
+
+        Args:
+            values: All numbers of this measurement, in one tensor.
+            then: Called with the values on the host: at once if they are there, else at a later
+                hook, when the copy has arrived.
+            began: What `device_began` gave.
+        """
+        self._measured += 1
+        self._clock.measuring = True
+        if began is not None and values.is_cuda:
+            self._pending.append(Read(values, then, began))
+        else:
+            then(values if values.device.type == "cpu" else values.cpu())
+
+    def collect(self, *, wait: bool) -> None:
+        """Hand over the reads that have arrived; with `wait`, all that were started."""
+        while self._pending and (wait or self._pending[0].arrived()):
+            self._device_seconds += self._pending.popleft().finish()
+
+    def report(
+        self, trainer: Trainer, rows: Sequence[Row], *, step: int, prefix: str | None = None
+    ) -> None:
+        """Write rows into the run, and their scalars to loggers and callback metrics.
+
+        Args:
+            trainer: The trainer that is running.
+            rows: Flat rows with a key ``component`` (None: the whole model).
+            step: The step that was measured.
+            prefix: File of the rows, by default the diagnostic's own; only its rows are scalars
+                for the loggers.
+        """
+        run = run_logger(trainer)
+        if run is not None:
+            run.log_rows(prefix or self.prefix, rows, step=step, epoch=trainer.current_epoch)
+        if prefix is None:
+            self._to_loggers(trainer, self._scalars(rows), step)
+
+    def note(
+        self, trainer: Trainer, message: str, severity: Literal["info", "warning"] = "info"
+    ) -> None:
+        """Write a remark into the run; a warning is also said at once."""
+        if severity == "warning":
+            rank_zero_warn(f"{type(self).__name__}: {message}")
+        run = run_logger(trainer)
+        if run is not None:
+            name, step = type(self).__name__, self.step_of(trainer)
+            run.note(message, diagnostic=name, step=step, severity=severity)
+
+    def parts(self, trainer: Trainer) -> Assignment:
+        """The components of the model that is training."""
+        if self._assignment is None:
+            self._assignment = self.components.assign(trainer.lightning_module)
+        return self._assignment
+
+    def gather(self, compute: Callable[[], Tensor], size: int, device: torch.device) -> Tensor:
+        """The numbers of every rank, by one collective that every rank enters in any case.
+
+        A rank whose computation fails, or whose diagnostic has ended, takes part with a mark, so
+        that none waits in vain and all end together when `all_well` reads it.
+
+        Args:
+            compute: Gives this rank's numbers, shape ``(size,)``.
+            size: How many numbers.
+            device: Where the collective runs.
+
+        Returns:
+            Double precision, shape ``(ranks, size + 3)``: the numbers, then whether the rank is
+            well, what measuring costs it and what its ordinary step takes, in seconds.
+        """
+        mine = torch.zeros(size + 3, dtype=torch.float64, device=device)
+        failure = self._error
+        if failure is None:
+            try:
+                mine[:size] = compute()
+                for place, mark in enumerate((1.0, self._clock.cost(), self._clock.step())):
+                    mine[size + place].fill_(mark)
+            except Exception as error:
+                failure = error
+        ranks = torch.distributed.get_world_size()
+        everything = mine.new_empty(ranks * (size + 3))
+        _all_gather(everything, mine)
+        self._owes_collective = False
+        if failure is not None:
+            raise failure
+        return everything.view(ranks, size + 3)
+
+    def all_well(self, marks: Sequence[float]) -> None:
+        """Take note of what the ranks say of themselves, once gathered numbers are on the host.
+
+        Args:
+            marks: The last three numbers of each rank, as `gather` gives them, rank by rank.
+
+        Raises:
+            RuntimeError: If a rank has failed; this diagnostic then ends on all of them.
+        """
+        well = marks[::3]
+        if not all(well):
+            raise RuntimeError(f"it failed on rank {list(well).index(0)}")
+        self._clock.agree(max(marks[1::3]), max(marks[2::3]))
+
+    def release(self) -> None:
+        """Remove the hooks and memory that are held; overridden where there are any."""
+
+    # ---- hooks ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
+        self._sharded = bool(kinds & _SHARDING) and trainer.world_size > 1
+        self._ended, self._error, self._owes_collective = False, None, False
+        self._assignment = None
+        self._broken_loggers.clear()
+        self._pending.clear()
+        self._clock = Clock()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        add_run_logger(trainer, self._resumed.get("path"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # held from here on: asking the trainer for it reads every progress bar metric
+        self._callback_metrics = trainer.callback_metrics
+        run = run_logger(trainer)
+        if run is not None:
+            same = self._resumed.get("path") == str(run.path.resolve())
+            run.begin(
+                step=self.step_of(trainer),
+                info={"world_size": trainer.world_size},
+                positions=self._resumed.get("positions") if same else None,
+            )
+        for message in self.parts(trainer).notes:
+            self.note(trainer, message, "warning" if "matches nothing" in message else "info")
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._clock.start(self._seconds)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._pending:
+            ranks_choose = self._sharded and self.every_n_steps == "auto"
+            self.collect(wait=ranks_choose or trainer.is_last_batch)
+        if self._clock.stop(self._seconds):
+            self._choose_interval()
+            if self._measured.bit_count() == 1:
+                self._report_overhead(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.collect(wait=True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.collect(wait=True)
+        self._report_overhead(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.collect(wait=True)
+        if not self._measured:
+            self.note(
+                trainer,
+                f"nothing was measured: training ended before step {self._interval}, and "
+                f"`every_n_steps` is {self.every_n_steps}.",
+                "warning",
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self.collect(wait=True)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._pending.clear()
+        self._assignment = None
+        self.release()
+
+    def state_dict(self) -> dict[str, Any]:
+        self.collect(wait=True)
+        return {
+            "measured": self._measured,
+            "seconds": self._seconds,
+            "device_seconds": self._device_seconds,
+            "elapsed": self._clock.elapsed,
+            "spent": self._clock.spent,
+            "interval": self._interval,
+            "last_due": dict(self._last_due),
+            "optimizer_steps": dict(self._optimizer_steps),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._measured = state_dict["measured"]
+        self._seconds = state_dict["seconds"]
+        self._device_seconds = state_dict["device_seconds"]
+        self._clock.elapsed, self._clock.spent = state_dict["elapsed"], state_dict["spent"]
+        self._optimizer_steps = dict(state_dict["optimizer_steps"])
+        if self.every_n_steps == "auto":
+            self._interval = state_dict["interval"]
+            self._last_due = dict(state_dict["last_due"])
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        run = run_logger(trainer)
+        if run is not None:
+            place = {"path": str(run.path.resolve()), "positions": run.positions()}
+            checkpoint[_CHECKPOINT_KEY] = place
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = checkpoint.get(_CHECKPOINT_KEY, {})
+        states = checkpoint.get("callbacks", {})
+        own = [key for key in states if key.startswith(f"{type(self).__qualname__}{{")]
+        # resumed with another interval or other components, the memory is still this one's
+        if self.state_key not in states and len(own) == 1:
+            self.load_state_dict(states[own[0]])
+
+    # ---- private ----
+
+    def _end(self, hook: str, error: Exception) -> None:
+        if self._ended:
+            return
+        self._ended, self._error = True, error
+        self._owes_collective = self._sharded and bool(self.collective_hooks)
+        self._pending.clear()
+        self.release()
+        if self.on_error == "raise":
+            raise error
+        warnings.warn(
+            f"{type(self).__name__} has ended and training goes on: in {hook}, "
+            f"{type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _scalars(self, rows: Sequence[Row]) -> dict[str, float]:
+        scalars = {}
+        for row in rows:
+            places = [self.prefix, row["component"]]
+            if "optimizer" in row and row["component"] is None:
+                places.append(f"optimizer_{row['optimizer']}")
+            place = "/".join(str(name) for name in places if name is not None)
+            for key in sorted(row.keys() & self.logged):
+                value = row[key]
+                if isinstance(value, int | float) and isfinite(value):
+                    scalars[f"{place}/{key}".lower()] = float(value)
+        return scalars
+
+    def _to_loggers(self, trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
+        if not scalars:
+            return
+        self._callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, RunLogger) or id(logger) in self._broken_loggers:
+                continue
+            try:
+                logger.log_metrics(dict(scalars), step=step)
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                self._broken_loggers.add(id(logger))
+                rank_zero_warn(
+                    f"{type(self).__name__} writes no more to {type(logger).__name__}: "
+                    f"{type(error).__name__}: {error}"
+                )
+
+    def _choose_interval(self) -> None:
+        if self.every_n_steps == "auto":
+            self._interval = self._clock.interval(self.overhead_budget) or self._interval
+
+    def _report_overhead(self, trainer: Trainer) -> None:
+        run = run_logger(trainer)
+        if run is None:
+            return
+        elapsed = self._clock.elapsed
+        spent = max(self._clock.spent, self._device_seconds)
+        row: Row = {
+            "component": None,
+            "diagnostic": type(self).__name__,
+            "measured": self._measured,
+            "seconds": self._seconds,
+            "device_seconds": self._device_seconds or None,
+            "step_seconds": self._clock.step(),
+            "elapsed": elapsed,
+            "share": spent / elapsed if elapsed else None,
+            "every_n_steps": self._interval,
+        }
+        step = self.step_of(trainer)
+        run.log_rows("overhead", [row], step=step, epoch=trainer.current_epoch)
+
+
+def _all_gather(output: Tensor, values: Tensor) -> None:
+    # torch 2.13 renamed it, and warns of the old name
+    newest = getattr(torch.distributed, "all_gather_single", None)
+    (newest or torch.distributed.all_gather_into_tensor)(output, values)
+
+
+def _isolate(cls: type[Diagnostic]) -> None:
+    for name, hook in list(vars(cls).items()):
+        if callable(hook) and hasattr(Callback, name) and not name.startswith("_"):
+            setattr(cls, name, _isolated(hook))
+
+
+def _check_interval(every_n_steps: Interval) -> None:
+    whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
+    if every_n_steps != "auto" and not (whole and int(every_n_steps) >= 1):
+        raise ValueError(f'`every_n_steps` must be at least 1 or "auto", got {every_n_steps!r}.')
+
+
+_isolate(Diagnostic)

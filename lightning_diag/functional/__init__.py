@@ -1,0 +1,1 @@
+"""Numbers from tensors: torch only, pure."""
