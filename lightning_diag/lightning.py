@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from pytorch_lightning import callbacks as callbacks
+    from pytorch_lightning import loggers as loggers
     from pytorch_lightning.callbacks import Checkpoint
     from pytorch_lightning.loggers import Logger
     from pytorch_lightning.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -23,6 +25,8 @@ __all__ = [
     "LightningModule",
     "Logger",
     "Trainer",
+    "callbacks",
+    "loggers",
     "rank_zero_info",
     "rank_zero_only",
     "rank_zero_warn",
@@ -53,8 +57,11 @@ if not TYPE_CHECKING:
     LightningDataModule = _pl.LightningDataModule
     LightningModule = _pl.LightningModule
     Trainer = _pl.Trainer
-    Checkpoint = importlib.import_module(f"{PACKAGE}.callbacks").Checkpoint
-    Logger = importlib.import_module(f"{PACKAGE}.loggers").Logger
+    # whole modules too, so that a configuration can name what is in them
+    callbacks = importlib.import_module(f"{PACKAGE}.callbacks")
+    loggers = importlib.import_module(f"{PACKAGE}.loggers")
+    Checkpoint = callbacks.Checkpoint
+    Logger = loggers.Logger
     _utilities = importlib.import_module(f"{PACKAGE}.utilities")
     rank_zero_info = _utilities.rank_zero_info
     rank_zero_only = _utilities.rank_zero_only

@@ -39,7 +39,8 @@ def _isolated(
     def run(self: "Diagnostic", /, *args: _P.args, **kwargs: _P.kwargs) -> Any:
         if self._inside:
             return hook(self, *args, **kwargs)
-        if self._ended and not (self._owes_collective and hook.__name__ in self.collective_hooks):
+        owes = self._owes_collective and hook.__name__ in self.collective_hooks
+        if self._ended and not owes and hook.__name__ != "setup":
             return {} if hook.__name__ == "state_dict" else None
         self._inside, start = True, perf_counter()
         try:
@@ -108,14 +109,8 @@ class Diagnostic(Callback):
         self._callback_metrics: dict[str, Tensor] = {}
         self._broken_loggers: set[int] = set()
         self._pending: deque[Read] = deque()
-        self._clock = Clock()
-        self._seconds = 0.0
-        self._device_seconds = 0.0
-        self._measured = 0
-        self._interval = 1 if every_n_steps == "auto" else every_n_steps
-        self._last_due: dict[int, int] = {}
-        self._optimizer_steps: dict[int, int] = {}
         self._resumed: dict[str, Any] = {}
+        self.forget()
 
     @property
     def state_key(self) -> str:
@@ -140,6 +135,10 @@ class Diagnostic(Callback):
         if not trainer.lightning_module.automatic_optimization:
             done = self._optimizer_steps.get(index, 0)
             self._optimizer_steps[index] = done + 1
+        # an optimizer with line search evaluates one step several times; the first is its start
+        if self._last_asked.get(index) == done:
+            return False
+        self._last_asked[index] = done
         if self.every_n_steps != "auto":
             return (done + 1) % self._interval == 0
         due = done >= self._last_due.get(index, _FIRST_AUTO_STEP - self._interval) + self._interval
@@ -262,6 +261,17 @@ class Diagnostic(Callback):
     def release(self) -> None:
         """Remove the hooks and memory that are held; overridden where there are any."""
 
+    def forget(self) -> None:
+        """Start with an empty memory; extended where there is more of it than counters."""
+        self._clock = Clock()
+        self._seconds = 0.0
+        self._device_seconds = 0.0
+        self._measured = 0
+        self._interval = self.every_n_steps if isinstance(self.every_n_steps, int) else 1
+        self._last_due: dict[int, int] = {}
+        self._last_asked: dict[int, int] = {}
+        self._optimizer_steps: dict[int, int] = {}
+
     # ---- hooks ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -271,7 +281,8 @@ class Diagnostic(Callback):
         self._assignment = None
         self._broken_loggers.clear()
         self._pending.clear()
-        self._clock = Clock()
+        if stage == "fit":
+            self.forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         add_run_logger(trainer, self._resumed.get("path"))
@@ -326,7 +337,11 @@ class Diagnostic(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self.collect(wait=True)
+        try:
+            self.collect(wait=True)
+        finally:
+            # after an exception Lightning calls no teardown
+            self.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pending.clear()
@@ -369,7 +384,11 @@ class Diagnostic(Callback):
     ) -> None:
         self._resumed = checkpoint.get(_CHECKPOINT_KEY, {})
         states = checkpoint.get("callbacks", {})
-        own = [key for key in states if key.startswith(f"{type(self).__qualname__}{{")]
+        others = {
+            getattr(callback, "state_key", None) for callback in getattr(trainer, "callbacks", ())
+        }
+        kind = f"{type(self).__qualname__}{{"
+        own = [key for key in states if key.startswith(kind) and key not in others]
         # resumed with another interval or other components, the memory is still this one's
         if self.state_key not in states and len(own) == 1:
             self.load_state_dict(states[own[0]])

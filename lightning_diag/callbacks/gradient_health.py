@@ -1,6 +1,7 @@
 """Do gradients arrive, everywhere, at a sane size?"""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -34,7 +35,7 @@ _COLUMNS = 9
 _LOW, _HIGH = -12, 3
 _BINS = _HIGH - _LOW + 1
 _MARKS = 3
-_COUNTERS = ("calls", "executed", "skipped_seen", "clip_seen", "clip_hits")
+_COUNTERS = ("calls", "executed", "skipped_seen", "clip_seen", "clip_hits", "turns")
 
 
 class GradientHealth(Diagnostic):
@@ -104,11 +105,6 @@ class GradientHealth(Diagnostic):
         self.zeros_every = zeros_every
         self.per_parameter = per_parameter
         self.histogram = histogram
-        self._calls = 0
-        self._executed = 0
-        self._clip_seen = 0
-        self._clip_hits = 0
-        self._skipped_seen = 0
         self._counted = False
         self._handles: list[RemovableHandle] = []
 
@@ -122,7 +118,10 @@ class GradientHealth(Diagnostic):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        self._calls += 1
+        # with no gradient at all (`training_step` returned None) Lightning makes no step
+        if self._counted:
+            self._called = any(p.grad is not None for p in own_parameters(optimizer))
+            self._calls += self._called
         if self.is_due(trainer, optimizer):
             self.collect(wait=True)
             self._measure(trainer, pl_module.device, optimizer)
@@ -132,13 +131,26 @@ class GradientHealth(Diagnostic):
             handle.remove()
         self._handles.clear()
 
+    def forget(self) -> None:
+        super().forget()
+        self._calls = 0
+        self._called = False
+        self._executed = 0
+        self._skipped_seen = 0
+        self._clip_seen = 0
+        self._clip_hits = 0
+        self._turns: dict[int | None, int] = {}
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), **{name: getattr(self, f"_{name}") for name in _COUNTERS}}
+        return {
+            **super().state_dict(),
+            **{name: copy(getattr(self, f"_{name}")) for name in _COUNTERS},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         for name in _COUNTERS:
-            setattr(self, f"_{name}", state_dict[name])
+            setattr(self, f"_{name}", copy(state_dict[name]))
 
     # ---- measuring ----
 
@@ -166,7 +178,9 @@ class GradientHealth(Diagnostic):
     def _measure_on_host(self, view: GradientView) -> None:
         """Quick moments, and exact ones for the gradients that turn out to need them."""
         table, doubtful = gradient_table(view.gradients, quick=True)
-        if self._measured % self.zeros_every == 0:
+        turn = self._turns.get(view.optimizer, 0)
+        self._turns[view.optimizer] = turn + 1
+        if turn % self.zeros_every == 0:
             present = {row: grad for row, grad in enumerate(view.gradients) if grad is not None}
             rows = torch.tensor(list(present), dtype=torch.long)
             table[rows, Moments._fields.index("zeros")] = zero_counts(list(present.values()))
@@ -184,7 +198,9 @@ class GradientHealth(Diagnostic):
         self.read(table, finish, None)
 
     def _view(self, trainer: Trainer, optimizer: Optimizer) -> GradientView:
-        skipped = self._calls - 1 - self._executed if self._counted else self._skipped_seen
+        skipped = (
+            self._calls - self._called - self._executed if self._counted else self._skipped_seen
+        )
         view = GradientView.of(
             trainer, optimizer, self.parts(trainer), step=self.step_of(trainer), skipped=skipped
         )
@@ -200,7 +216,8 @@ class GradientHealth(Diagnostic):
 
     def _extras(self, view: GradientView) -> Tensor:
         """The scale of the gradients, and their histograms by component if asked for."""
-        scale = view.scale.reshape(1).double()
+        scale = view.scale.reshape(1)
+        scale = scale if scale.device.type == "mps" else scale.double()
         if not self.histogram:
             return scale
         rows = []
@@ -210,7 +227,8 @@ class GradientHealth(Diagnostic):
                 for gradient, own in zip(view.gradients, view.index, strict=True)
                 if gradient is not None and own == part
             ]
-            rows.append(magnitude_histogram(gradients, _LOW, _HIGH).to(scale))
+            counts = magnitude_histogram(gradients, _LOW, _HIGH) if gradients else None
+            rows.append(scale.new_zeros(_BINS) if counts is None else counts)
         return torch.cat([scale, *rows])
 
     def _finish(self, view: GradientView, values: Tensor) -> None:

@@ -149,7 +149,6 @@ class GradientNumbers:
         scale = extras[0] if view.scaled else torch.ones_like(extras[0])
         index = torch.tensor(view.index, dtype=torch.long)
         summary = gradient_summary(table, index, len(view.parts), scale)
-        norms = summary.parameters.l2[summary.present > 0]
         whole = summary.whole
         size = whole.abs_max if view.algorithm == "value" else whole.l2
         size = torch.where(whole.nonfinite > 0, torch.nan, size)
@@ -161,9 +160,7 @@ class GradientNumbers:
             "present": summary.present,
             "tensors": summary.tensors,
             "nans": summary.nans,
-            "norms": torch.stack([norms.amax(), norms.amin(), norms.mean()])
-            if len(norms)
-            else norms.new_full((3,), torch.nan),
+            "norms": summary.norms,
             "clip": clip_coefficient(size, view.limit) if view.limit else size,
             "extras": extras,
             "marks": marks,
@@ -258,11 +255,12 @@ class GradientNumbers:
         own = [i for i, owner in enumerate(view.index) if part is None or owner == part]
         present = self._read["present"]
         missing = [view.names[i] for i in own if view.trainable[i] and not present[i]]
-        broken = [view.names[i] for i in own if self._statistics("parameters", i)["nonfinite"]]
+        nonfinite = self._read["parameters"][STATISTICS.index("nonfinite") :: len(STATISTICS)]
+        broken = [view.names[i] for i in own if nonfinite[i]]
         row: Row = {
             "tensors": int(sum(present[i] for i in own)),
             "missing": len(missing),
-            "frozen": sum(view.frozen) if part is None else view.frozen[part],
+            "frozen": sum(view.frozen[i] for i in (view.reported if part is None else [part])),
         }
         if missing:
             row["first_missing"] = missing[0]

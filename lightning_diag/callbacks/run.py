@@ -7,7 +7,7 @@ from lightning_diag.records import RunLogger
 
 __all__ = ["add_run_logger", "run_logger"]
 
-_FOLDER = "lightning_diag"
+_FOLDER = "diagnostics"
 
 
 def run_logger(trainer: Trainer) -> RunLogger | None:

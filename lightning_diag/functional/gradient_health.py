@@ -38,6 +38,8 @@ class GradientSummary(NamedTuple):
         parameters: Moments of each parameter's gradient, shape ``(n,)``.
         parts: Moments of each component, shape ``(c,)``.
         whole: Moments of all gradients, shape ``(1,)``.
+        norms: Largest, smallest and mean L2 norm of a single gradient, shape ``(3,)``; ``nan``
+            where there is none.
         present: Whether each parameter has a gradient, 0 or 1, shape ``(n,)``.
         tensors: Number of gradients of each component, shape ``(c,)``.
         nans: Number of ``nan`` elements over all gradients, shape ``(1,)``.
@@ -46,6 +48,7 @@ class GradientSummary(NamedTuple):
     parameters: Moments
     parts: Moments
     whole: Moments
+    norms: Tensor
     present: Tensor
     tensors: Tensor
     nans: Tensor
@@ -118,6 +121,7 @@ def gradient_summary(table: Tensor, index: Tensor, size: int, scale: Tensor) -> 
         parameters=stats,
         parts=merge_by(stats, index, size),
         whole=merge_by(stats, torch.zeros_like(index), 1),
+        norms=_norms(stats.l2, present),
         present=present,
         tensors=present.new_zeros(size).index_add(0, index, present),
         nans=nans.sum().view(1),
@@ -143,6 +147,16 @@ def clip_coefficient(size: Tensor, limit: float) -> Tensor:
     """
     factor = (limit / (size + 1e-6)).clamp(max=1)
     return torch.where(size.isfinite(), factor, torch.nan)
+
+
+def _norms(l2: Tensor, present: Tensor) -> Tensor:
+    # without a boolean mask, whose size would have to be read
+    padded = torch.cat([l2, l2.new_zeros(1)])
+    here = torch.cat([present > 0, present.new_zeros(1, dtype=torch.bool)])
+    largest = torch.where(here, padded, -torch.inf).amax()
+    smallest = torch.where(here, padded, torch.inf).amin()
+    found = torch.stack([largest, smallest, torch.where(here, padded, 0).sum() / here.sum()])
+    return torch.where(here.any(), found, torch.nan)
 
 
 def norm_shares(sum_sq: Tensor) -> Tensor:
@@ -217,13 +231,15 @@ def magnitude_histogram(tensors: Sequence[Tensor], low: int = -12, high: int = 3
     """
     if high < low:
         raise ValueError(f"`high` must be at least `low` ({low}), got {high}.")
-    total = torch.zeros(high - low + 1, dtype=torch.float64)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    total = torch.zeros(high - low + 1, dtype=wide, device=device)
     for tensor in tensors:
-        x = _stored(local_shard(tensor.detach())).reshape(-1).float().abs()
-        total = total.to(x.device)
+        x = _stored(local_shard(tensor.detach())).reshape(-1).abs()
+        x = x if x.dtype == torch.float64 else x.float()
         inside = x.isfinite() & (x > 0)
         place = x.log10().floor().nan_to_num(posinf=high, neginf=low).clamp(low, high) - low
-        total = total.scatter_add(0, place.long(), inside.double())
+        total = total.scatter_add(0, place.long(), inside.to(wide))
     return total
 
 
