@@ -1,0 +1,85 @@
+"""The report on a terminal."""
+
+from typing import TYPE_CHECKING
+
+from lightning_diag.report.norms import WHOLE, ComponentNorms
+from lightning_diag.report.words import override_words, short, step_words
+from lightning_diag.report.write_report import Report
+from lightning_diag.rules.finding import Finding
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["print_summary"]
+
+_COLOURS = {"critical": "bold red", "warning": "bold yellow", "info": "cyan"}
+_STATES = {"healthy": "bold green", "critical": "bold red"}
+_WIDE = 100
+
+
+def print_summary(report: Report, console: "Console") -> None:
+    """Print norms by component, the verdict, the findings and where the page is.
+
+    Args:
+        report: What `write_report` returned.
+        console: A rich console.
+    """
+    from rich.text import Text
+
+    console.rule("Gradients by component", align="left")
+    if report.components:
+        console.print(_table(report.components, wide=console.width >= _WIDE))
+    else:
+        console.print("None were measured.")
+    console.rule("Verdict", align="left")
+    style = _STATES.get(report.verdict.state, "bold yellow")
+    console.print(Text(report.verdict.headline, style), Text(report.verdict.sentence))
+    for cost in report.overheads:
+        if cost.share is not None:
+            console.print(Text(f"{cost.diagnostic} took {cost.share:.2%} of training.", "dim"))
+    grave = [one for one in report.findings if one.rank > 0]
+    if grave:
+        console.rule("Findings", align="left")
+    for number, one in enumerate(grave, start=1):
+        console.print(_finding(number, one))
+    notes = len(report.findings) - len(grave)
+    if notes:
+        console.print(Text(f"{notes} more noted in the report, none of them an alarm.", "dim"))
+    page = report.files["report.html"]
+    console.print(Text(f"Report: {page}"), soft_wrap=True)
+
+
+def _table(components: list[ComponentNorms], *, wide: bool) -> object:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("component", overflow="fold")
+    names = ["mean norm", "std", "max", "min"] + ["elements", "missing", "frozen"] * wide
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in components:
+        cells = [short(value) for value in (one.mean, one.std, one.max, one.min)]
+        if wide:
+            cells += [f"{one.elements:,}", str(one.missing), str(one.frozen)]
+        table.add_row(Text(one.component), *cells)
+    return table
+
+
+def _finding(number: int, one: Finding) -> object:
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    steps = step_words(one.first_step, one.last_step)
+    head = Text(f"{number}. ")
+    head.append(f"{one.severity.upper()} ", _COLOURS[one.severity])
+    head.append(f"{one.issue}: {one.component or WHOLE}", "bold")
+    head.append(f" ({steps})" if steps else "", "dim")
+    lines = [Text(one.message)]
+    if one.caused_by:
+        lines.append(Text(f"Probably caused by: {one.caused_by.replace('_', ' ')}."))
+    lines.append(Text(f"Try: {one.suggestion}"))
+    if one.overrides:
+        lines.append(Text(override_words(one.overrides), "green"))
+    return Group(head, Padding(Group(*lines), (0, 0, 1, 3)))

@@ -1,0 +1,112 @@
+"""report.md: the report as text."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lightning_diag.report.norms import WHOLE, ComponentNorms
+from lightning_diag.report.overhead import Overhead
+from lightning_diag.report.verdict import Verdict
+from lightning_diag.report.words import override_words, short, step_words
+from lightning_diag.rules.finding import Finding
+
+if TYPE_CHECKING:
+    from lightning_diag.records.read_run import Run
+
+__all__ = ["markdown_page"]
+
+
+def markdown_page(
+    run: "Run",
+    verdict: Verdict,
+    findings: Sequence[Finding],
+    components: Sequence[ComponentNorms],
+    costs: Sequence[Overhead],
+) -> str:
+    """The report as Markdown; names out of the run are escaped."""
+    parts = [
+        f"# {_plain(run.path.resolve().name)}",
+        f"**{verdict.headline}** {_prose(verdict.sentence)}",
+    ]
+    grave = [one for one in findings if one.rank > 0]
+    notes = [one for one in findings if one.rank == 0]
+    if grave:
+        parts += ["## What to do", *(_finding(i, one) for i, one in enumerate(grave, start=1))]
+    parts += [
+        "## Charts",
+        "![Gradient norm by component](gradient_flow.png)",
+        "![Loss and learning rate](training.png)",
+        "## Gradients by component",
+        _norms(components) if components else "None were measured.",
+    ]
+    if notes:
+        parts += ["## Noted", *(f"- {_prose(one.message)}" for one in notes)]
+    if costs:
+        parts += ["## Cost of watching", _costs(costs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it stands."""
+    flat = " ".join(text.split())
+    return re.sub(r"([\\`*_{}\[\]<>()#!|&~])", r"\\\1", flat)
+
+
+def _prose(text: str) -> str:
+    """A sentence of ours, in which names stand between backticks."""
+    parts = " ".join(text.split()).split("`")
+    if len(parts) % 2 == 0:
+        return _plain(text)
+    return "".join(
+        f"`{part.replace('|', '/')}`" if index % 2 else _plain(part)
+        for index, part in enumerate(parts)
+    )
+
+
+def _finding(number: int, one: Finding) -> str:
+    where = _plain(one.component or WHOLE)
+    lines = [
+        f"### {number}. {one.issue}: {where}",
+        f"*{one.severity}, {step_words(one.first_step, one.last_step)}*",
+        _prose(one.message),
+        f"**Try:** {_prose(one.suggestion)}",
+    ]
+    if one.overrides:
+        lines.append(f"    {override_words(one.overrides)}")
+    if one.caused_by:
+        lines.append(f"Probably caused by: {one.caused_by.replace('_', ' ')}.")
+    return "\n\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _norms(components: Sequence[ComponentNorms]) -> str:
+    head = ["component", "mean norm", "std", "max", "min", "elements", "no gradient", "frozen"]
+    rows = [
+        [
+            _plain(one.component),
+            *(short(value) for value in (one.mean, one.std, one.max, one.min)),
+            f"{one.elements:,}",
+            str(one.missing),
+            str(one.frozen),
+        ]
+        for one in components
+    ]
+    return _table(head, rows)
+
+
+def _costs(costs: Sequence[Overhead]) -> str:
+    head = ["diagnostic", "measured", "host time", "share of training"]
+    rows = [
+        [
+            _plain(one.diagnostic),
+            "-" if one.measured is None else str(one.measured),
+            "-" if one.seconds is None else f"{one.seconds:.2f} s",
+            "-" if one.share is None else f"{one.share:.2%}",
+        ]
+        for one in costs
+    ]
+    return _table(head, rows)

@@ -1,0 +1,151 @@
+"""The files of ``analysis/``: tables, charts, findings and the page that shows them."""
+
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_diag.records.files import write_json, write_text
+from lightning_diag.records.read_run import Run, read_run
+from lightning_diag.report.charts import Chart, gradient_flow, training
+from lightning_diag.report.html import html_page
+from lightning_diag.report.markdown import markdown_page
+from lightning_diag.report.norms import (
+    WHOLE,
+    ComponentNorms,
+    component_norms,
+    measured_steps,
+    norms_csv,
+)
+from lightning_diag.report.overhead import Overhead, overheads
+from lightning_diag.report.verdict import Verdict, judge
+from lightning_diag.rules import Finding, diagnose
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["Report", "recommendations", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a run, and where it was written.
+
+    Args:
+        run: The run's folder.
+        findings: Causes first.
+        files: The files of ``analysis/`` by name.
+        verdict: State, headline and sentence.
+        components: Gradient norms, a line per component.
+        overheads: Cost of each diagnostic.
+    """
+
+    run: Path
+    findings: list[Finding]
+    files: dict[str, Path]
+    verdict: Verdict
+    components: list[ComponentNorms]
+    overheads: list[Overhead]
+
+    @property
+    def exit_code(self) -> int:
+        """0 for healthy, 3 for warnings or where nothing was measured, 4 for critical."""
+        return self.verdict.exit_code
+
+
+def write_report(path: str | Path | Run, thresholds: Mapping[str, Any] | None = None) -> Report:
+    """Diagnose a run and write ``analysis/`` into its folder, each file whole or not at all.
+
+    Args:
+        path: The run's folder, or what `read_run` made of it.
+        thresholds: ``{rule id: {threshold: number}}`` in place of the defaults.
+
+    Raises:
+        ValueError: An unknown rule or threshold, or a folder that holds no run.
+        OSError: A file could not be written.
+
+    Example:
+        >>> write_report("runs/mine").verdict.state  # doctest: +SKIP
+        'healthy'
+    """
+    run = path if isinstance(path, Run) else read_run(path)
+    findings = diagnose(run, thresholds)
+    grad = run.frame("grad")
+    steps = measured_steps(grad)
+    verdict = judge(findings, steps, run.info)
+    components, costs = component_norms(grad), overheads(run.frame("overhead"))
+    folder = run.path / "analysis"
+    charts = {
+        "gradient_flow": _spec(gradient_flow(run, findings)),
+        "training": _spec(training(run)),
+    }
+    pictures = {name: _png(spec) for name, spec in charts.items()}
+    parts = (run, verdict, findings, components, costs)
+    write_text(folder / "gradient_norms.csv", norms_csv(grad))
+    for name, picture in pictures.items():
+        _write_bytes(folder / f"{name}.png", picture)
+    write_json(folder / "findings.json", [one.to_dict() for one in findings])
+    write_json(folder / "recommendations.json", recommendations(findings))
+    write_text(folder / "report.md", markdown_page(*parts))
+    write_text(folder / "report.html", html_page(*parts, charts, pictures))
+    files = {name: folder / name for name in _FILES}
+    return Report(run.path, findings, files, verdict, components, costs)
+
+
+_FILES = (
+    "gradient_norms.csv",
+    "gradient_flow.png",
+    "training.png",
+    "findings.json",
+    "recommendations.json",
+    "report.md",
+    "report.html",
+)
+
+
+def recommendations(findings: list[Finding]) -> list[dict[str, Any]]:
+    """The findings above ``info`` as a short list for people, in the same order."""
+    return [
+        {
+            "component": one.component or WHOLE,
+            "issue": one.issue,
+            "severity": one.severity,
+            "suggestion": one.suggestion,
+            "what": one.message,
+            "since_step": one.first_step,
+            "caused_by": one.caused_by,
+            "overrides": dict(one.overrides),
+        }
+        for one in findings
+        if one.rank > 0
+    ]
+
+
+def _spec(chart: Chart) -> dict[str, Any]:
+    # validating every point against the schema takes longer than drawing it
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec
+
+
+def _png(spec: Mapping[str, Any]) -> bytes:
+    import altair as alt
+    import vl_convert
+
+    version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+    picture: bytes = vl_convert.vegalite_to_png(dict(spec), vl_version=version, scale=2)
+    return picture
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,118 @@
+"""Clipping that cuts nearly every step by a lot, so that it, not the gradient, sets the step."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import TYPE_CHECKING
+
+from lightning_diag.rules.finding import Evidence, Finding
+from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import loosen_clip
+from lightning_diag.rules.traces import (
+    Trace,
+    after_warmup,
+    evidence_steps,
+    whole_traces,
+    without_skipped,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["ClippingDominates", "clipping_dominates"]
+
+
+@dataclass(frozen=True)
+class ClippingDominates:
+    """Thresholds of `clipping_dominates`."""
+
+    max_share: float = field(default=0.9, metadata={"unit": "share of steps clipped"})
+    min_coefficient: float = field(default=0.1, metadata={"unit": "median clip coefficient"})
+    noted_share: float = field(default=0.5, metadata={"unit": "share of steps clipped"})
+    noted_coefficient: float = field(default=0.5, metadata={"unit": "median clip coefficient"})
+    min_rows: float = field(default=10, metadata={"unit": "rows"})
+    warmup_rows: float = field(default=2, metadata={"unit": "rows"})
+    warmup_share: float = field(default=0.34, metadata={"unit": "share of rows"})
+
+
+@rule(
+    "clipping_dominates",
+    family="gradients",
+    needs="grad",
+    thresholds=ClippingDominates,
+    reference="Pascanu et al. 2013, section 3.2: the threshold belongs near the usual norm.",
+    remedy=loosen_clip,
+)
+def clipping_dominates(grad: "pl.DataFrame", thresholds: ClippingDominates) -> list[Finding]:
+    """Clipping by norm that is at work on nearly every step and leaves little of the gradient.
+
+    The first third of the run does not count: heavy clipping while a model settles is what
+    clipping is for. Coefficients between 0.1 and 0.5 are common in large models, and only noted.
+    """
+    traces = whole_traces(without_skipped(grad))
+    found = [_judge(trace, thresholds) for trace in traces]
+    return [one for one in found if one is not None]
+
+
+def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
+    start = after_warmup(len(trace.steps), t.warmup_rows, t.warmup_share)
+    names = ("clip_coefficient", "clip_value", "clipped")
+    numbers = zip(trace.steps, *(trace.numbers(name) for name in names), strict=True)
+    by_norm = [algorithm in (None, "norm") for algorithm in trace.words("clip_algorithm")]
+    rows = [
+        (step, coefficient, value, clipped > 0)
+        for (step, coefficient, value, clipped), norm in list(zip(numbers, by_norm, strict=True))[
+            start:
+        ]
+        if norm and not math.isnan(coefficient)
+    ]
+    if len(rows) < t.min_rows:
+        return None
+    share = fmean(clipped for *_, clipped in rows)
+    left = median(coefficient for _, coefficient, _, _ in rows)
+    extreme = share >= t.max_share and left <= t.min_coefficient
+    noted = share >= t.noted_share and left <= t.noted_coefficient
+    if not (extreme or noted):
+        return None
+    component, part = _dominant(trace, start)
+    blame = f" `{component}` supplies the largest part ({part:.0%} of these steps)." if part else ""
+    steps = [step for step, _, _, clipped in rows if clipped]
+    value = median(value for _, _, value, _ in rows)
+    return Finding(
+        rule="clipping_dominates",
+        severity="warning" if extreme else "info",
+        component=component if part > 0.5 else None,
+        first_step=steps[0],
+        last_step=steps[-1],
+        observed=left,
+        threshold=t.min_coefficient if extreme else t.noted_coefficient,
+        unit="median clip coefficient",
+        evidence=Evidence("records/grad.jsonl", evidence_steps(steps)),
+        message=(
+            f"Clipping at {value:g} cut {share:.0%} of the steps after the start, and left "
+            f"{left:.1%} of the gradient at the median.{blame}"
+        ),
+        suggestion=_SUGGESTION if extreme else _NOTE,
+        confidence=0.8 if extreme else 0.5,
+    )
+
+
+_SUGGESTION = (
+    "The clip, not the gradient, now sets the size of each step. Find out why the gradient is this "
+    "large: a loss that is summed rather than averaged, inputs that are not scaled, weights that "
+    "start too large. If it is steady, put the clip near the usual norm, so that it catches the "
+    "odd step only; with plain SGD lower the learning rate by the same factor."
+)
+_NOTE = (
+    "Usually nothing to do. If training is slow, compare with a clip near the usual norm; with "
+    "plain SGD lower the learning rate by the same factor."
+)
+
+
+def _dominant(trace: Trace, start: int) -> tuple[str | None, float]:
+    names = [name for name in trace.words("dominant")[start:] if name]
+    if not names:
+        return None, 0.0
+    name, times = Counter(names).most_common(1)[0]
+    return name, times / len(names)

@@ -1,0 +1,203 @@
+"""A gradient that grows out of all proportion."""
+
+import math
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_diag.rules.finding import Evidence, Finding, Severity
+from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import calm_steps
+from lightning_diag.rules.sizes import sizes
+from lightning_diag.rules.traces import (
+    Trace,
+    after_warmup,
+    component_traces,
+    evidence_steps,
+    outliers,
+    streaks,
+    whole_traces,
+    without_skipped,
+)
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["ExplodingGradient", "exploding_gradient"]
+
+_FILE = "records/grad.jsonl"
+_SUGGESTION = (
+    "Lower the learning rate (0.3 times is a good first try), warm it up over the first few "
+    "hundred steps, and clip the gradient norm at 1, or tighter than now. If it began at one "
+    "step, look at the batch of that step."
+)
+
+
+@dataclass(frozen=True)
+class ExplodingGradient:
+    """Thresholds of `exploding_gradient`."""
+
+    max_l2: float = field(default=100.0, metadata={"unit": "l2 norm"})
+    large_l2: float = field(default=10.0, metadata={"unit": "l2 norm"})
+    own_ratio: float = field(default=10.0, metadata={"unit": "times its own median"})
+    growth: float = field(default=100.0, metadata={"unit": "times the start of the run"})
+    sigmas: float = field(default=6.0, metadata={"unit": "robust standard deviations"})
+    history_rows: float = field(default=5, metadata={"unit": "rows"})
+    min_rows: float = field(default=3, metadata={"unit": "rows"})
+    warmup_rows: float = field(default=1, metadata={"unit": "rows"})
+    warmup_share: float = field(default=0.05, metadata={"unit": "share of rows"})
+
+
+class _Rise(NamedTuple):
+    component: str | None
+    steps: list[int]  # the rows that stand out
+    peak: float
+    usual: float
+    lasting: bool
+
+
+@rule(
+    "exploding_gradient",
+    family="gradients",
+    needs="grad",
+    thresholds=ExplodingGradient,
+    explains=("nonfinite_gradient", "clipping_dominates", "gradient_imbalance"),
+    reference="Pascanu et al. 2013, On the difficulty of training recurrent neural networks; "
+    "bands of the reference systems: 100, and 10 for large.",
+    remedy=calm_steps,
+)
+def exploding_gradient(grad: "pl.DataFrame", thresholds: ExplodingGradient) -> list[Finding]:
+    """Norms above `max_l2` that also stand far above the component's own past.
+
+    A norm of 1000 that is always 1000 belongs to a loss that is summed rather than averaged: that
+    is worth a note, not an alarm. One or two lone spikes are a note as well.
+    """
+    frame = without_skipped(grad)
+    whole = whole_traces(frame)
+    parts = [rise for one in component_traces(frame) if (rise := _rise(one, thresholds))]
+    wholes = [(rise, one) for one in whole if (rise := _rise(one, thresholds))]
+    if wholes:
+        rise, trace = max(wholes, key=lambda pair: (pair[0].lasting, pair[0].peak))
+        return [_finding(rise._replace(component=_leader(rise, parts)), parts, trace, thresholds)]
+    if parts:
+        rise = max(parts, key=lambda one: (one.lasting, one.peak))
+        clipped = whole[0] if whole else None
+        return [_finding(rise, parts, clipped, thresholds)]
+    return [one for trace in whole for one in _steadily_large(trace, thresholds)]
+
+
+def _norms(trace: Trace) -> tuple[list[int], list[float]]:
+    rows = zip(trace.steps, sizes(trace), strict=True)
+    kept = [(step, size.l2) for step, size in rows if size.l2 > 0]
+    return [step for step, _ in kept], [l2 for _, l2 in kept]
+
+
+def _rise(trace: Trace, t: ExplodingGradient) -> _Rise | None:
+    steps, norms = _norms(trace)
+    skip = after_warmup(len(norms), t.warmup_rows, t.warmup_share)
+    steps, norms = steps[skip:], norms[skip:]
+    if not norms or max(norms) <= t.max_l2:
+        return None
+    flags = _above_own_past(norms, t)
+    grown, usual = _growth(norms, t)
+    if grown:
+        flags = [one > max(t.max_l2, t.own_ratio * usual) for one in norms]
+    if not any(flags):
+        return None
+    lasting = grown or any(stop - start >= t.min_rows for start, stop in streaks(flags))
+    high = [step for step, flag in zip(steps, flags, strict=True) if flag]
+    if not grown:
+        usual = median([one for one, flag in zip(norms, flags, strict=True) if not flag])
+    return _Rise(trace.component, high, max(norms), usual, lasting)
+
+
+def _above_own_past(norms: list[float], t: ExplodingGradient) -> list[bool]:
+    # the floor keeps 6 sigma at `own_ratio` or above where the past hardly moves at all
+    floor = math.log(t.own_ratio) / t.sigmas
+    logs = [math.log(one) for one in norms]
+    heights = outliers(logs, sigmas=t.sigmas, window=128, history=int(t.history_rows), floor=floor)
+    return [height > 1.0 and one > t.max_l2 for height, one in zip(heights, norms, strict=True)]
+
+
+def _growth(norms: list[float], t: ExplodingGradient) -> tuple[bool, float]:
+    """Whether the end of the run towers over its start, and the start's median."""
+    rows = int(t.min_rows)
+    if len(norms) < 2 * rows:
+        return False, 0.0
+    quarter = max(rows, len(norms) // 4)
+    start, end = median(norms[:quarter]), median(norms[-quarter:])
+    return end > max(t.max_l2, t.growth * start), start
+
+
+def _leader(whole: _Rise, parts: list[_Rise]) -> str | None:
+    """The component whose peak makes up most of the whole model's."""
+    if not parts:
+        return None
+    top = max(parts, key=lambda one: one.peak)
+    return top.component if top.peak**2 >= 0.5 * whole.peak**2 else None
+
+
+def _finding(rise: _Rise, parts: list[_Rise], trace: Trace | None, t: ExplodingGradient) -> Finding:
+    clipped = trace is not None and _norm_clipped(trace, rise.steps)
+    name = f"`{rise.component}`" if rise.component else "the whole model"
+    others = sum(one.component != rise.component for one in parts)
+    also = f" {others} other part{'s' * (others != 1)} rose with it." if others else ""
+    cushion = " Clipping cut these steps down, which limits the harm." if clipped else ""
+    often = "and stayed up" if rise.lasting else f"at {len(rise.steps)} measured step(s)"
+    return Finding(
+        rule="exploding_gradient",
+        severity=_severity(rise, clipped, t),
+        component=rise.component,
+        first_step=rise.steps[0],
+        last_step=rise.steps[-1],
+        observed=rise.peak,
+        threshold=t.max_l2,
+        unit="l2 norm before clipping",
+        evidence=Evidence(_FILE, evidence_steps(rise.steps)),
+        message=(
+            f"The gradient norm of {name} rose to {rise.peak:.3g} {often}, first at step "
+            f"{rise.steps[0]}; {rise.usual:.3g} was usual.{also}{cushion}"
+        ),
+        suggestion=_SUGGESTION,
+        confidence=0.9 if rise.lasting else 0.6,
+    )
+
+
+def _severity(rise: _Rise, clipped: bool, t: ExplodingGradient) -> Severity:
+    if rise.lasting:
+        out_of_hand = rise.peak > t.growth * rise.usual and not clipped
+        return "critical" if out_of_hand else "warning"
+    return "warning" if len(rise.steps) >= t.min_rows and not clipped else "info"
+
+
+def _norm_clipped(trace: Trace, steps: list[int]) -> bool:
+    at = dict(zip(trace.steps, trace.numbers("clipped"), strict=True))
+    marks = [at.get(step, 0.0) for step in steps]
+    return sum(mark > 0 for mark in marks) > 0.5 * len(marks)
+
+
+def _steadily_large(trace: Trace, t: ExplodingGradient) -> list[Finding]:
+    steps, norms = _norms(trace)
+    skip = after_warmup(len(norms), t.warmup_rows, t.warmup_share)
+    steps, norms = steps[skip:], norms[skip:]
+    if len(norms) < t.history_rows or median(norms) <= t.large_l2:
+        return []
+    typical = median(norms)
+    return [
+        Finding(
+            rule="exploding_gradient",
+            severity="info",
+            first_step=steps[0],
+            last_step=steps[-1],
+            observed=typical,
+            threshold=t.large_l2,
+            unit="median l2 norm before clipping",
+            evidence=Evidence(_FILE, evidence_steps(steps)),
+            message=f"The gradient norm is large, {typical:.3g} at the median, but steady.",
+            suggestion=(
+                "Usually nothing to do. A loss that is summed rather than averaged over the batch "
+                "does this; averaging it makes clipping and learning rates comparable to others'."
+            ),
+            confidence=0.7,
+        )
+    ]
