@@ -293,8 +293,9 @@ class Diagnostic(Callback):
         run = run_logger(trainer)
         if run is not None:
             same = self._resumed.get("path") == str(run.path.resolve())
+            automatic = pl_module.automatic_optimization
             run.begin(
-                step=self.step_of(trainer),
+                step=trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1,
                 info={"world_size": trainer.world_size},
                 positions=self._resumed.get("positions") if same else None,
             )

@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import yaml
 
@@ -32,8 +33,7 @@ def plain_hparams(params: object) -> dict[str, Json]:
     """
     fields = params if isinstance(params, Mapping) else vars(params)
     plain = mask_secrets(json_safe(fields, default=_describe, allow_nan=True))
-    assert isinstance(plain, dict)
-    return plain
+    return cast("dict[str, Json]", plain)
 
 
 def merge_config(path: Path, params: Mapping[str, Json]) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from json import JSONEncoder
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning_diag.lightning import Logger, rank_zero_only, rank_zero_warn
 from lightning_diag.records.hparams import plain_hparams
@@ -272,9 +272,7 @@ class RunLogger(Logger):
 def _fields(fields: Mapping[str, object]) -> dict[str, Json]:
     if "attempts" in fields:
         raise ValueError("`attempts` must be left to RunLogger, got it as a field of run.json.")
-    plain = mask_secrets(json_safe(fields))
-    assert isinstance(plain, dict)
-    return plain
+    return cast("dict[str, Json]", mask_secrets(json_safe(fields)))
 
 
 def _line(row: Mapping[str, object], *, step: int, epoch: int | None, attempt: int) -> str:

@@ -1,0 +1,386 @@
+"""The `lightning-diag` command: train with diagnostics, and read a run afterwards."""
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import import_module, metadata, resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, unknown_arguments
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from lightning_diag.lightning import Callback, Trainer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="lightning-diag",
+    help="Which part of the network is sick, since when, why, and what to change.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")]
+
+_HYDRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
+_GROUP_VARIABLES = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+
+
+class UsageError(Exception):
+    """What was asked for cannot be done as it was written; ends the command with status 2."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command(context_settings=_HYDRA_ARGUMENTS)
+def train(context: typer.Context, debug: Debug = False) -> None:
+    """Train one experiment, watched by the diagnostics: `experiment=NAME [KEY=VALUE ...]`.
+
+    Everything else is passed on to Hydra: `-m seed=42,2025,7` trains once for each seed,
+    `--cfg job` shows the configuration, `--info` where it comes from, `--config-dir DIR` adds a
+    folder of your own configuration.
+
+    `ckpt_path=RUN/checkpoints/last.ckpt` resumes a run in its own folder, `run_dir=DIR` chooses
+    another.
+    """
+    with _plain_errors(debug):
+        _hydra(context.args)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
+    no_fail: Annotated[bool, typer.Option("--no-fail", help="Exit with 0 in any case.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write RUN/analysis/ and print the findings.
+
+    Exits with 0 on a healthy run, 3 on warnings, 4 on critical findings, 2 on wrong usage.
+    """
+    with _plain_errors(debug):
+        _check_run(run)
+        from rich.console import Console
+
+        from lightning_diag.report import print_summary, write_report
+
+        written = write_report(run)
+        print_summary(written, Console())
+    raise typer.Exit(0 if no_fail else written.exit_code)
+
+
+@app.command()
+def version() -> None:
+    """Print the versions of lightning-diag and of what it stands on."""
+    for package in ("lightning-diag", "torch", "pytorch-lightning", "hydra-core"):
+        typer.echo(f"{package} {metadata.version(package)}")
+
+
+@contextmanager
+def _plain_errors(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except UsageError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        place = _place(error)
+        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
+        typer.echo(f"in {place}; `--debug` shows the way there.", err=True)
+        raise typer.Exit(1) from error
+
+
+def _place(error: Exception) -> str:
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    if frame is None:
+        return "an unknown place"
+    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+
+
+def _check_run(run: Path) -> None:
+    if not run.is_dir():
+        near = nearest(run.name, (path.name for path in run.parent.glob("*/")))
+        hint = f"; did you mean `{run.parent / near}`?" if near else "."
+        raise UsageError(f"There is no folder `{run}`{hint}")
+    if not (run / "run.json").exists() and not (run / "records").is_dir():
+        inside = sorted(run.glob("**/run.json"), key=lambda path: path.stat().st_mtime)
+        hint = f" The newest run in it is `{inside[-1].parent}`." if inside else ""
+        raise UsageError(f"A run holds run.json or records/, `{run}` holds neither.{hint}")
+
+
+def _hydra(arguments: list[str]) -> None:
+    """Hand the arguments to Hydra, which calls `_fit` once, or once for each job of a sweep."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    options, overrides, folder = _split(arguments)
+    command = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
+    sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
+    sys.argv = [command[0], *overrides, *_resumed(overrides), *options]
+    run = hydra.main("pkg://lightning_diag.conf", config_name="train", version_base="1.3")
+    try:
+        run(_fit)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides, folder)) from error
+    finally:
+        sys.argv = command
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
+    """Hydra's options, the overrides, and the user's folder of configuration."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    known = set(re.findall(r"--[a-z-]+", parser.format_usage()))
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if argument.startswith("--") and option not in known:
+            raise UsageError(f"`train` has no option `{option}`; {did_you_mean(option, known)}")
+    parsed = parser.parse_intermixed_args(arguments)
+    for override in parsed.overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UsageError(f"An override must be written KEY=VALUE, got `{override}`.")
+    options = [argument for argument in arguments if argument not in parsed.overrides]
+    return options, parsed.overrides, parsed.config_dir
+
+
+def _resumed(overrides: list[str]) -> list[str]:
+    """A checkpoint of a run is resumed in the folder of that run, unless told otherwise."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    checkpoint = Path(given.get("ckpt_path", "").strip("'\""))
+    if checkpoint.parent.name != "checkpoints" or given.keys() & {"run_dir", "hydra.run.dir"}:
+        return []
+    return [f"run_dir='{checkpoint.parent.parent}'"]
+
+
+def _fit(config: "DictConfig") -> float | None:
+    """Train what a composed configuration describes, and return the metric that it monitors."""
+    from lightning_diag import lightning as door
+
+    plain = _completed(config)
+    _check(plain)
+    # said once a step or so by torch about Lightning, and nothing that a user can act on
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
+    data, model = _build(plain["data"], "data"), _build(plain["model"], "model")
+    callbacks, loggers = _build_all(plain, "callbacks"), _build_all(plain, "logger")
+    callbacks.insert(0, _run_info(plain))
+    trainer = _build(plain["trainer"], "trainer", callbacks=callbacks, logger=loggers)
+    if trainer.is_global_zero:
+        machine = ", ".join(f"{key} {value}" for key, value in plain["hardware"].items())
+        typer.echo(f"training into {plain['run_dir']} ({machine})")
+    with _own_process_group():
+        trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
+    if trainer.is_global_zero:
+        typer.echo(f"trained; next: lightning-diag report {plain['run_dir']}")
+    return _metric(trainer, plain["monitor"])
+
+
+def _completed(config: "DictConfig") -> dict[str, Any]:
+    """The configuration as plain values, with the run's folder and the machine's settings."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict, read_write
+
+    from lightning_diag.tuning.hardware import detect, settings
+
+    hydra = cast("DictConfig", HydraConfig.get())
+    folder = Path(hydra.runtime.output_dir)
+    inside = folder.is_relative_to(Path.cwd())
+    config.run_dir = str(folder.relative_to(Path.cwd()) if inside else folder)
+    try:
+        config.hardware = asdict(settings(detect(), config.hardware))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    # Lightning starts its other processes with this command: this job alone, in this folder
+    with read_write(hydra), open_dict(hydra):
+        hydra.run.dir = config.run_dir
+    sys.argv = [sys.argv[0], "train", *hydra.overrides.task, *_search_path(hydra)]
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    return cast("dict[str, Any]", plain)
+
+
+def _check(plain: Mapping[str, Any]) -> None:
+    wrong = list(unknown_arguments(plain))
+    checkpoint = plain["ckpt_path"]
+    if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
+        wrong.append(f"`ckpt_path` must name a checkpoint that exists, got `{checkpoint}`.")
+    if wrong:
+        raise UsageError("\n".join(wrong))
+
+
+def _search_path(hydra: Any) -> list[str]:  # noqa: ANN401
+    given = [text for text in hydra.overrides.hydra if text.startswith("hydra.searchpath=")]
+    for source in hydra.runtime.config_sources:
+        if source.provider == "command-line":
+            given += ["--config-dir", source.path]
+    return given
+
+
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Leave no process group behind, which the next job of a sweep would take for its own."""
+    from torch import distributed
+
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+        for name in _GROUP_VARIABLES - before:
+            os.environ.pop(name, None)
+
+
+def _build(node: Mapping[str, Any], path: str, **objects: object) -> Any:  # noqa: ANN401
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    try:
+        return instantiate(node, _convert_="all", **objects)
+    except InstantiationException as error:
+        inner = re.search(r"full_key: (\S+)", str(error))
+        place = f"{path}.{inner[1]}" if inner else path
+        raise UsageError(f"`{place}` cannot be built: {error.__cause__ or error}") from error
+
+
+def _build_all(plain: Mapping[str, Any], group: str) -> list[Any]:
+    named = (plain.get(group) or {}).items()
+    return [_build(node, f"{group}.{name}") for name, node in named if node is not None]
+
+
+def _run_info(plain: Mapping[str, Any]) -> "Callback":
+    """A callback that writes into each RunLogger what the command knows of the run."""
+    from lightning_diag.lightning import Callback, LightningModule, Trainer
+    from lightning_diag.records import RunLogger
+    from lightning_diag.tuning.hardware import detect
+
+    class RunInfo(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            data = getattr(trainer, "datamodule", None)
+            fingerprint = getattr(data, "fingerprint", None)
+            devices = [detect().name] * (trainer.num_devices * trainer.num_nodes)
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.log_hyperparams(plain)
+                    logger.update_info(
+                        name=plain["name"], seed=plain["seed"], devices=devices, data=fingerprint
+                    )
+
+    return RunInfo()
+
+
+def _metric(trainer: "Trainer", monitor: str) -> float | None:
+    """The best value of the monitored metric where a checkpoint kept it, else the last."""
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_score", None)
+        if best is not None and getattr(callback, "monitor", None) == monitor:
+            return float(best)
+    last = trainer.callback_metrics.get(monitor)
+    return None if last is None else float(last)
+
+
+def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
+    """What is wrong with the overrides, with the nearest right name; else what Hydra says."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    said = f"{error}\n{error.__cause__ or ''}".strip()
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as unread:
+        return f"`{unread.override}` cannot be read as an override: {unread.message}"
+    groups = _groups(folder)
+    chosen = {override.key_or_group: _names(override.value()) for override in parsed}
+    keys = [key for key in chosen if key not in groups and not key.startswith("hydra")]
+    chosen = {key: names for key, names in chosen.items() if key in groups}
+    wrong = [
+        f"`{key}` has no option `{name}`; {did_you_mean(name, groups[key])}"
+        for key, names in chosen.items()
+        for name in names
+        if name not in groups[key]
+    ]
+    if wrong or not keys:
+        return "\n".join(wrong) or _unnamed_experiment(said, groups)
+    known = [*_keys(chosen, folder), *groups]
+    return "\n".join(_no_key(key, known) for key in keys if key not in known) or said
+
+
+def _groups(folder: str | None) -> dict[str, list[str]]:
+    """Each configuration group, with the names that can be chosen in it."""
+    roots = [Path(str(resources.files("lightning_diag.conf")))]
+    roots += [Path(folder)] if folder else []
+    groups: dict[str, list[str]] = {}
+    for root in roots:
+        for group in filter(Path.is_dir, root.rglob("[!_]*")):
+            names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
+            known = groups.setdefault(group.relative_to(root).as_posix(), [])
+            known += [name.as_posix() for name in names]
+    return groups
+
+
+def _names(value: object) -> list[str]:
+    choices = getattr(value, "list", value)  # those of a sweep
+    if isinstance(choices, list):
+        return [name for choice in choices for name in _names(choice)]
+    return [choices] if isinstance(choices, str) else []
+
+
+def _keys(chosen: Mapping[str, list[str]], folder: str | None) -> list[str]:
+    """Every key of the configuration that these choices compose."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    lists = {"callbacks", "logger"}
+    overrides = [
+        f"{key}=[{','.join(names)}]" if key in lists else f"{key}={names[0]}"
+        for key, names in chosen.items()
+        if names
+    ]
+    if folder:
+        overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
+    try:
+        with initialize_config_module("lightning_diag.conf", version_base="1.3"):
+            config = compose("train", overrides)
+    except HydraException:
+        return []
+    return list(leaf_keys(cast("dict[str, object]", OmegaConf.to_container(config))))
+
+
+def _no_key(key: str, known: list[str]) -> str:
+    near = nearest(key, known)
+    hint = f"did you mean `{near}`?" if near else "`--cfg job` shows them all."
+    return f"The configuration has no key `{key}`; {hint}"
+
+
+def _unnamed_experiment(said: str, groups: Mapping[str, list[str]]) -> str:
+    if "You must specify" not in said:
+        return said
+    names = ", ".join(sorted(groups.get("experiment", []))) or "none yet"
+    return f"An experiment must be named, as in `experiment=NAME`; there are: {names}."
+
+
+if __name__ == "__main__":
+    main()

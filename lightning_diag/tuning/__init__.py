@@ -1,0 +1,1 @@
+"""Before the run: settings that suit the machine."""
