@@ -2,7 +2,9 @@
 
 import importlib
 import os
+from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 importlib.import_module(os.environ.get("LIGHTNING_DIAG_TEST_PACKAGE", "pytorch_lightning"))
 
 from lightning_diag.lightning import LightningModule  # noqa: E402  (after the choice)
+
+# a busy machine is no reason for a property to fail
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 
 class Halving(LightningModule):
@@ -48,9 +54,10 @@ def loader() -> DataLoader:
 
 
 @pytest.fixture
-def quiet() -> dict[str, object]:
+def quiet(tmp_path: Path) -> dict[str, object]:
     """Trainer arguments for a short silent run on the CPU."""
     return {
+        "default_root_dir": tmp_path,
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,

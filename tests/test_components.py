@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -169,6 +169,7 @@ class TestPatterns:
     def test_other_is_absent_where_all_is_named(self):
         assert list(members(Net(), {"all": "*"})) == ["all"]
 
+    @settings(deadline=None)
     @given(
         st.dictionaries(
             st.sampled_from(["a", "b", "c"]),

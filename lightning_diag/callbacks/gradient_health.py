@@ -47,7 +47,8 @@ class GradientHealth(Diagnostic):
     with one collective. What a module does to its gradients by hand before the step is seen too.
 
     A measured step costs about three passes over the gradients and one copy to the host. With a
-    gradient scaler a counter hangs on the optimizer, which tells a skipped step from a made one.
+    gradient scaler a counter hangs on the optimizer, which tells a skipped step from a made one;
+    a fused optimizer skips inside its own step, so of those only the measured ones are counted.
 
     Args:
         components: The parts to speak of, see `Components`.
@@ -212,7 +213,9 @@ class GradientHealth(Diagnostic):
 
     def _payload(self, view: GradientView) -> Tensor:
         table, _ = gradient_table(view.gradients)
-        return torch.cat([table.reshape(-1), self._extras(view).to(table)])
+        extras = self._extras(view)
+        # without a single gradient the table has no device of its own
+        return torch.cat([table.reshape(-1).to(extras), extras])
 
     def _extras(self, view: GradientView) -> Tensor:
         """The scale of the gradients, and their histograms by component if asked for."""

@@ -188,7 +188,8 @@ def nan_counts(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros(0, dtype=torch.float64)
     parts = [_stored(local_shard(tensor.detach())) for tensor in tensors]
     wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    return torch.stack([part.isnan().sum() for part in parts]).to(wide)
+    device = parts[0].device
+    return torch.stack([part.isnan().sum().to(device) for part in parts]).to(wide)
 
 
 def zero_counts(tensors: Sequence[Tensor]) -> Tensor:

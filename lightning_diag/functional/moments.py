@@ -105,7 +105,10 @@ def moments(tensors: Sequence[Tensor]) -> Moments:
     """
     if not tensors:
         return neutral(0)
-    return Moments(*torch.stack([_exact(*_values(tensor)) for tensor in tensors]).unbind(1))
+    # a model may lie on several devices; on one, this moves nothing
+    device = tensors[0].device
+    found = [_exact(*_values(tensor)).to(device) for tensor in tensors]
+    return Moments(*torch.stack(found).unbind(1))
 
 
 def quick_moments(tensors: Sequence[Tensor]) -> tuple[Moments, Tensor]:
@@ -114,7 +117,8 @@ def quick_moments(tensors: Sequence[Tensor]) -> tuple[Moments, Tensor]:
     Three reductions a tensor (sum, dot product with itself, smallest and largest) in the tensor's
     own precision, single at least. They do not look for non-finite elements or for squares that
     leave the range of the type; both show in the results, and such tensors are marked as doubtful,
-    for `moments` to do again. Zeros are not counted (``nan``).
+    for `moments` to do again. Zeros are not counted (``nan``). In single precision the standard
+    deviation of many elements that are nearly equal is exact to about 5e-4 of their size.
 
     Args:
         tensors: As for `moments`.

@@ -81,7 +81,10 @@ class TestNormShares:
             [0.36, 0.64, 0]
         )
 
-    @given(st.lists(st.floats(0, 1e20), min_size=1, max_size=10), st.floats(1e-5, 1e5))
+    @given(
+        st.lists(st.just(0.0) | st.floats(1e-20, 1e20), min_size=1, max_size=10),
+        st.floats(1e-5, 1e5),
+    )
     def test_add_up_to_one_and_ignore_the_scale(self, squares, scale):
         x = torch.tensor(squares, dtype=torch.float64)
         shares = norm_shares(x)
