@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, unknown_arguments
+from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, takes, unknown_arguments
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -98,6 +99,11 @@ def _plain_errors(debug: bool) -> Iterator[None]:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     except typer.Exit:
+        raise
+    except SystemExit as error:
+        # Lightning ends a training that was sent SIGTERM with this, and without a status
+        if type(error).__name__ == "SIGTERMException":
+            raise typer.Exit(128 + signal.SIGTERM) from error
         raise
     except Exception as error:
         if debug:
@@ -186,7 +192,7 @@ def _fit(config: "DictConfig") -> float | None:
     import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
     data, model = _build(plain["data"], "data"), _build(plain["model"], "model")
     callbacks, loggers = _build_all(plain, "callbacks"), _build_all(plain, "logger")
-    callbacks.insert(0, _run_info(plain))
+    callbacks = [_run_info(plain), *callbacks, *_progress(plain, callbacks)]
     trainer = _build(plain["trainer"], "trainer", callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         machine = ", ".join(f"{key} {value}" for key, value in plain["hardware"].items())
@@ -291,6 +297,17 @@ def _run_info(plain: Mapping[str, Any]) -> "Callback":
     return RunInfo()
 
 
+def _progress(plain: Mapping[str, Any], callbacks: list["Callback"]) -> list["Callback"]:
+    """A progress bar for a pipe or a file, where the default one shows nothing before the end."""
+    from lightning_diag.lightning import callbacks as kinds
+
+    wanted = plain["trainer"].get("enable_progress_bar") is not False
+    given = any(isinstance(callback, kinds.ProgressBar) for callback in callbacks)
+    if sys.stdout.isatty() or given or not wanted:
+        return []
+    return [kinds.TQDMProgressBar(refresh_rate=10)]
+
+
 def _metric(trainer: "Trainer", monitor: str) -> float | None:
     """The best value of the monitored metric where a checkpoint kept it, else the last."""
     for callback in trainer.checkpoint_callbacks:
@@ -323,8 +340,9 @@ def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
     ]
     if wrong or not keys:
         return "\n".join(wrong) or _unnamed_experiment(said, groups)
-    known = [*_keys(chosen, folder), *groups]
-    return "\n".join(_no_key(key, known) for key in keys if key not in known) or said
+    tree = _tree(chosen, folder)
+    known = [*leaf_keys(tree), *groups]
+    return "\n".join(_no_key(key, tree, known) for key in keys if key not in known) or said
 
 
 def _groups(folder: str | None) -> dict[str, list[str]]:
@@ -347,8 +365,8 @@ def _names(value: object) -> list[str]:
     return [choices] if isinstance(choices, str) else []
 
 
-def _keys(chosen: Mapping[str, list[str]], folder: str | None) -> list[str]:
-    """Every key of the configuration that these choices compose."""
+def _tree(chosen: Mapping[str, list[str]], folder: str | None) -> dict[str, object]:
+    """The configuration that these choices compose."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -365,11 +383,14 @@ def _keys(chosen: Mapping[str, list[str]], folder: str | None) -> list[str]:
         with initialize_config_module("lightning_diag.conf", version_base="1.3"):
             config = compose("train", overrides)
     except HydraException:
-        return []
-    return list(leaf_keys(cast("dict[str, object]", OmegaConf.to_container(config))))
+        return {}
+    return cast("dict[str, object]", OmegaConf.to_container(config))
 
 
-def _no_key(key: str, known: list[str]) -> str:
+def _no_key(key: str, tree: Mapping[str, object], known: list[str]) -> str:
+    target = takes(tree, key)
+    if target is not None:
+        return f"The configuration does not list `{key}`, `{target}` takes it: write `+{key}=`."
     near = nearest(key, known)
     hint = f"did you mean `{near}`?" if near else "`--cfg job` shows them all."
     return f"The configuration has no key `{key}`; {hint}"

@@ -5,7 +5,7 @@ import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 
-__all__ = ["did_you_mean", "leaf_keys", "locate", "nearest", "unknown_arguments"]
+__all__ = ["did_you_mean", "leaf_keys", "locate", "nearest", "takes", "unknown_arguments"]
 
 
 def nearest(name: str, names: Iterable[str]) -> str | None:
@@ -30,13 +30,13 @@ def nearest(name: str, names: Iterable[str]) -> str | None:
     same_end = [key for key in candidates if key.endswith(f".{name}")]
     if same_end:
         return min(same_end, key=len)
-    parent = name.rpartition(".")[0]
-    siblings = [key for key in candidates if parent and key.startswith(f"{parent}.")]
-    for pool in (siblings, candidates):
-        near = difflib.get_close_matches(name, pool, n=1, cutoff=0.6)
-        if near:
-            return near[0]
-    return None
+    parent, _, last = name.rpartition(".")
+    siblings = [key.rpartition(".")[2] for key in candidates if key.rpartition(".")[0] == parent]
+    if siblings and parent:  # without the part they share, which would make all of them alike
+        near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)
+        return f"{parent}.{near[0]}" if near else None
+    near = difflib.get_close_matches(name, candidates, n=1)
+    return near[0] if near else None
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -111,6 +111,34 @@ def locate(path: str) -> object:
                 raise AttributeError(f"`{parent}` has no `{part}`; {hint}") from None
         found = getattr(found, part)
     return found
+
+
+def takes(tree: Mapping[str, object], key: str) -> str | None:
+    """Return the target that has an argument of this name, where only the configuration lacks it.
+
+    Args:
+        tree: the configuration as plain mappings.
+        key: a dotted name.
+
+    Returns:
+        The dotted path of the target, or None.
+
+    Example:
+        >>> takes({"optimizer": {"_target_": "torch.optim.SGD"}}, "optimizer.momentum")
+        'torch.optim.SGD'
+    """
+    *parents, argument = key.split(".")
+    node: object = tree
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, Mapping) else None
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        return None
+    target = str(node["_target_"])
+    try:
+        taken = inspect.signature(locate(target)).parameters  # type: ignore[arg-type]
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    return target if argument in taken else None
 
 
 def unknown_arguments(node: object, path: str = "") -> Iterator[str]:

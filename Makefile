@@ -1,0 +1,57 @@
+# `make demo`: train, watch and report one real run. `make test`: all checks. Both set up .venv first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+TORCH := torch==2.13.0
+DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# small operations on few cores are fastest without threads of their own in each test process
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+DOORS := tests/callbacks tests/promises tests/records
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo    train the code transformer with diagnostics and report on it (about 5 minutes)"
+	@echo "make test    ruff, mypy, doctests and all tests, under both Lightning packages"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"
+	@echo "make clean   remove .venv, caches and build folders; runs/ stays"
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@echo "[1/3] making $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[2/3] installing $(TORCH)"
+	@$(PIP) "$(TORCH)"
+	@echo "[3/3] installing lightning-diag and what it needs (a minute or two)"
+	@$(PIP) --constraint constraints.txt --editable '.[all,dev]'
+	@touch $@
+
+# threads that wait asleep: on a machine that is busy, waiting in a loop makes a step ten times slower
+demo: $(READY)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer run_dir=$(DEMO)
+	@$(BIN)/lightning-diag report $(DEMO) --no-fail
+
+lint: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+test: lint
+	@echo "tests under pytorch_lightning, and doctests"
+	@LIGHTNING_DIAG_TEST_PACKAGE=pytorch_lightning $(PYTEST) --doctest-modules tests lightning_diag
+	@echo "callbacks, promises and records again, under lightning.pytorch"
+	@LIGHTNING_DIAG_TEST_PACKAGE=lightning.pytorch $(PYTEST) $(wildcard $(DOORS))
+
+bench: $(READY)
+	@$(BIN)/python -m benchmarks
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

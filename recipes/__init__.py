@@ -1,0 +1,1 @@
+"""Experiments that can be run from a checkout, one folder each."""

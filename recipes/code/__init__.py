@@ -1,0 +1,1 @@
+"""Code transformer: does a raw value from outside reach a dangerous call?"""

@@ -1,0 +1,183 @@
+"""Promise 3: one read at a measured step; at any other none, no tensor and no hook."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from lightning_diag import RunLogger
+from lightning_diag.lightning import Callback, Trainer
+from tests.promises.cases import CASES, DIAGNOSTICS, build
+from tests.promises.modes import MODES
+from tests.promises.networks import Classifier, batches
+from tests.promises.reads import Watch, WatchSteps, census
+from tests.promises.trace import QUIET, seed, train
+
+EVERY = 3
+WATCHED = ["plain", "accumulated", "scaler", "clip_norm", "sparse", "tied", "two_optimizers"]
+X = torch.tensor([1.0, 0.0, 2.0])
+
+READS = {
+    "item": lambda: X[0].item(),
+    "float": lambda: float(X[0]),
+    "bool": lambda: bool(X[0] > 0),
+    "if": lambda: 1 if X.sum() > 0 else 0,
+    "format": lambda: f"{X[0]:.2f}",
+    "tolist": lambda: X.tolist(),
+    "numpy": lambda: X.numpy(),
+    "cpu": lambda: X.cpu(),
+    "to": lambda: X.to("cpu"),
+    "mask": lambda: X[X > 0],
+    "masked_select": lambda: X.masked_select(X > 0),
+    "nonzero": lambda: X.nonzero(),
+    "equal": lambda: torch.equal(X, X),
+    "unique": lambda: X.unique(),
+    "index": lambda: [1, 2, 3][torch.tensor(1)],
+}
+NO_READS = {
+    "sum": lambda: X.sum() + X.norm(),
+    "integer index": lambda: X[torch.tensor([0, 2])],
+    "cast": lambda: X.to(torch.float64),
+    "where": lambda: torch.where(X > 0, X, 0).amax(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_watch_sees_a_read_once(read):
+    with Watch() as watch:
+        READS[read]()
+    assert sum(watch.step.reads.values()) == 1
+
+
+@pytest.mark.parametrize("other", NO_READS)
+def test_watch_sees_no_read_in(other):
+    with Watch() as watch:
+        NO_READS[other]()
+    assert not watch.step.reads
+
+
+def watched(mode, folder, diagnostics, **options):
+    watch = WatchSteps()
+    options = {"logger": RunLogger(folder), "log_every_n_steps": 4, **options}
+    train(mode, folder, [watch, *diagnostics], **options)
+    return watch
+
+
+@pytest.fixture(scope="module")
+def side_by_side(tmp_path_factory):
+    """The same training without and with the diagnostics of a case, each watched once."""
+
+    @cache
+    def watch(mode, case):
+        folder = tmp_path_factory.mktemp("watched")
+        return watched(mode, folder, build(case, every_n_steps=EVERY) if case else [])
+
+    return lambda mode, case: (watch(mode, None), watch(mode, case))
+
+
+def measured_batches(mode, batches_in_epoch=6, epochs=2):
+    """How many optimizer steps each batch makes that are to be measured."""
+    window = MODES[mode].trainer().get("accumulate_grad_batches", 1)
+    optimizers = 2 if mode == "two_optimizers" else 1
+    step, found = 0, []
+    for batch in list(range(1, batches_in_epoch + 1)) * epochs:
+        steps = batch % window == 0 or batch == batches_in_epoch
+        step += steps
+        found.append(optimizers if steps and step % EVERY == 0 else 0)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", WATCHED)
+def test_reads(mode, case, side_by_side):
+    without, watch = side_by_side(mode, case)
+    due = measured_batches(mode)
+    assert len(watch.steps) == len(without.steps) == len(due)
+    assert any(due)
+    for number, (step, before, times) in enumerate(
+        zip(watch.steps, without.steps, due, strict=True)
+    ):
+        more = step.reads - before.reads
+        assert sum(more.values()) <= times * len(build(case)), (number, more)
+        assert bool(step.own_reads) == bool(times), (number, step.own_reads)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("mode", WATCHED)
+def test_ordinary_steps_cost_no_operation_and_no_hook(mode, case, side_by_side):
+    without, watch = side_by_side(mode, case)
+    for number, (step, times) in enumerate(zip(watch.steps, measured_batches(mode), strict=True)):
+        assert bool(step.own_operations) == bool(times), (number, step.own_operations)
+    assert watch.hooks == without.hooks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_progress_bar_metrics_are_not_read(case, tmp_path, monkeypatch):
+    """Lightning reads each of them whenever somebody asks for `callback_metrics`."""
+    monkeypatch.setitem(MODES, "prog_bar", type(MODES["plain"])(lambda: Classifier(prog_bar=True)))
+    without = watched("prog_bar", tmp_path / "without", [])
+    watch = watched("prog_bar", tmp_path / "with", build(case, every_n_steps=EVERY))
+    assert any(sum(step.reads.values()) for step in without.steps)
+    for step, before, times in zip(
+        watch.steps, without.steps, measured_batches("plain"), strict=True
+    ):
+        assert sum((step.reads - before.reads).values()) <= times * len(build(case))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("mode", ["plain", "scaler", "two_optimizers"])
+def test_nothing_hangs_on_the_model_afterwards(mode, fails, tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if fails and batch_idx == 4:
+                raise ZeroDivisionError
+
+    module, options = MODES[mode].module(), MODES[mode].trainer()
+    before = census(module)
+    options = {**QUIET, "default_root_dir": tmp_path, **options}
+    trainer = Trainer(callbacks=[*build("all"), Fails()], **options)
+    try:
+        trainer.fit(module, batches(), batches(1))
+    except ZeroDivisionError:
+        assert fails
+    assert census(module) == before
+    for optimizer in trainer.optimizers:
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+
+
+class ForbidWaiting(Callback):
+    """Any wait for the device between its two hooks is an error."""
+
+    def __init__(self, mode):
+        self.mode = mode
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if self.mode == "error":
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.mode == "default":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Silent(Classifier):
+    """Logs nothing, which alone would wait."""
+
+    def log(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", DIAGNOSTICS)
+def test_a_device_is_never_waited_for(case, tmp_path):
+    seed()
+    callbacks = [ForbidWaiting("error"), *build(case), ForbidWaiting("default")]
+    options = {**QUIET, "accelerator": "gpu", "default_root_dir": tmp_path}
+    try:
+        Trainer(callbacks=callbacks, logger=RunLogger(tmp_path), **options).fit(
+            Silent(), batches(pin_memory=True)
+        )
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
