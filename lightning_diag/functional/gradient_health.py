@@ -184,12 +184,7 @@ def nan_counts(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         Counts in double precision (single where the device has no double), shape ``(n,)``.
     """
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
-    parts = [_stored(local_shard(tensor.detach())) for tensor in tensors]
-    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    device = parts[0].device
-    return torch.stack([part.isnan().sum().to(device) for part in parts]).to(wide)
+    return _together([_stored(local_shard(x.detach())).isnan().sum() for x in tensors])
 
 
 def zero_counts(tensors: Sequence[Tensor]) -> Tensor:
@@ -201,12 +196,8 @@ def zero_counts(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         Counts in double precision (single where the device has no double), shape ``(n,)``.
     """
-    if not tensors:
-        return torch.zeros(0, dtype=torch.float64)
     parts = [local_shard(tensor.detach()) for tensor in tensors]
-    wide = torch.float32 if parts[0].device.type == "mps" else torch.float64
-    counts = [part.numel() - torch.count_nonzero(_stored(part)) for part in parts]
-    return torch.stack(counts).to(wide)
+    return _together([part.numel() - torch.count_nonzero(_stored(part)) for part in parts])
 
 
 def magnitude_histogram(tensors: Sequence[Tensor], low: int = -12, high: int = 3) -> Tensor:
@@ -242,6 +233,14 @@ def magnitude_histogram(tensors: Sequence[Tensor], low: int = -12, high: int = 3
         place = x.log10().floor().nan_to_num(posinf=high, neginf=low).clamp(low, high) - low
         total = total.scatter_add(0, place.long(), inside.to(wide))
     return total
+
+
+def _together(counts: Sequence[Tensor]) -> Tensor:
+    if not counts:
+        return torch.zeros(0, dtype=torch.float64)
+    device = counts[0].device
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack([count.to(device) for count in counts]).to(wide)
 
 
 def _stored(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lightning_diag.records.json_safe import json_safe
 
-__all__ = ["LineWriter", "write_json", "write_text"]
+__all__ = ["LineWriter", "write_bytes", "write_json", "write_text"]
 
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -30,13 +30,26 @@ def write_text(path: str | Path, text: str) -> None:
         ...     Path(folder, "notes", "a.txt").read_text()
         'one'
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a whole binary file so that a reader sees the old one or the new one, never a part.
+
+    Args:
+        path: The file; missing folders are made.
+        content: Its new content.
+
+    Raises:
+        OSError: It could not be written; the old file is as it was.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, since a rename over file systems is no longer one operation
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with temporary.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -1,13 +1,11 @@
 """The files of ``analysis/``: tables, charts, findings and the page that shows them."""
 
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_diag.records.files import write_json, write_text
+from lightning_diag.records.files import write_bytes, write_json, write_text
 from lightning_diag.records.read_run import Run, read_run
 from lightning_diag.report.charts import Chart, gradient_flow, training
 from lightning_diag.report.html import html_page
@@ -85,7 +83,7 @@ def write_report(path: str | Path | Run, thresholds: Mapping[str, Any] | None = 
     parts = (run, verdict, findings, components, costs)
     write_text(folder / "gradient_norms.csv", norms_csv(grad))
     for name, picture in pictures.items():
-        _write_bytes(folder / f"{name}.png", picture)
+        write_bytes(folder / f"{name}.png", picture)
     write_json(folder / "findings.json", [one.to_dict() for one in findings])
     write_json(folder / "recommendations.json", recommendations(findings))
     write_text(folder / "report.md", markdown_page(*parts))
@@ -136,16 +134,3 @@ def _png(spec: Mapping[str, Any]) -> bytes:
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     picture: bytes = vl_convert.vegalite_to_png(dict(spec), vl_version=version, scale=2)
     return picture
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

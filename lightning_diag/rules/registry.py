@@ -1,6 +1,5 @@
 """The registry of rules: their ids, thresholds, and what each one explains."""
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,8 @@ from lightning_diag.rules.finding import Finding
 
 if TYPE_CHECKING:
     import polars as pl
+
+from lightning_diag.spelling import did_you_mean
 
 __all__ = ["RULES", "Remedy", "Rule", "resolve_thresholds", "rule"]
 
@@ -88,7 +89,8 @@ def resolve_thresholds(given: Mapping[str, Any] | None) -> dict[str, Any]:
     resolved = {id: one.thresholds for id, one in RULES.items()}
     for id, values in (given or {}).items():
         if id not in resolved:
-            raise ValueError(f"`thresholds` must name rules, got {id!r}{_nearest(id, resolved)}.")
+            near = did_you_mean(str(id), resolved)
+            raise ValueError(f"`thresholds` must name rules, got {id!r}; {near}")
         if not isinstance(values, Mapping):
             raise TypeError(f"`thresholds[{id!r}]` must be a mapping, got {values!r}.")
         names = [one.name for one in fields(resolved[id])]
@@ -100,16 +102,9 @@ def resolve_thresholds(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _check_threshold(id: str, name: str, value: object, names: list[str]) -> None:
     if name not in names:
-        raise ValueError(
-            f"`thresholds[{id!r}]` must name its thresholds, got {name!r}{_nearest(name, names)}."
-        )
+        near = did_you_mean(name, names)
+        raise ValueError(f"`thresholds[{id!r}]` must name its thresholds, got {name!r}; {near}")
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{id}.{name}` must be a number, got {value!r}.")
     if not math.isfinite(value):
         raise ValueError(f"`{id}.{name}` must be finite, got {value!r}.")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    known = list(names)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"; the nearest is {close[0]!r}" if close else f"; there are {', '.join(sorted(known))}"

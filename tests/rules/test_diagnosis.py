@@ -88,8 +88,8 @@ def test_a_threshold_can_be_changed():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"exploding_gradients": {}}, ValueError, "the nearest is 'exploding_gradient'"),
-        ({"dead_component": {"min_row": 2}}, ValueError, "the nearest is 'min_rows'"),
+        ({"exploding_gradients": {}}, ValueError, "did you mean `exploding_gradient`"),
+        ({"dead_component": {"min_row": 2}}, ValueError, "did you mean `min_rows`"),
         ({"dead_component": {"min_rows": "2"}}, TypeError, "must be a number, got '2'"),
         ({"dead_component": {"min_rows": float("nan")}}, ValueError, "must be finite, got nan"),
         ({"dead_component": {"min_rows": True}}, TypeError, "must be a number, got True"),
