@@ -3,6 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS := $(VENV)/.runs
 READY := $(VENV)/.ready
 TORCH := torch==2.13.0
 DEMO := runs/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -22,20 +23,28 @@ help:
 	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"
 	@echo "make clean   remove .venv, caches and build folders; runs/ stays"
 
-$(READY): pyproject.toml constraints.txt
+# what training and reporting need
+$(RUNS): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	@echo "[1/3] making $(VENV)"
+	@echo "making $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "[2/3] installing $(TORCH)"
+	@echo "installing $(TORCH)"
 	@$(PIP) "$(TORCH)"
-	@echo "[3/3] installing lightning-diag and what it needs (a minute or two)"
+	@echo "installing lightning-diag and what it runs on (a minute or so)"
+	@$(PIP) --constraint constraints.txt --editable '.[recipes]'
+	@touch $@
+
+# what the tests need besides
+$(READY): $(RUNS)
+	@echo "installing all extras, and what tests it (a minute or so)"
 	@$(PIP) --constraint constraints.txt --editable '.[all,dev]'
 	@touch $@
 
 # threads that wait asleep: on a machine that is busy, waiting in a loop makes a step ten times slower
-demo: $(READY)
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer run_dir=$(DEMO)
+demo: $(RUNS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer run_dir=$(DEMO) \
+	  callbacks.gradient_health.every_n_steps=10
 	@$(BIN)/lightning-diag report $(DEMO) --no-fail
 
 lint: $(READY)
@@ -50,7 +59,8 @@ test: lint
 	@LIGHTNING_DIAG_TEST_PACKAGE=lightning.pytorch $(PYTEST) $(wildcard $(DOORS))
 
 bench: $(READY)
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks.moments --write
+	@$(BIN)/python -m benchmarks.gradient_health --write
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

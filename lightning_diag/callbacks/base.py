@@ -206,9 +206,9 @@ class Diagnostic(Callback):
             name, step = type(self).__name__, self.step_of(trainer)
             run.note(message, diagnostic=name, step=step, severity=severity)
 
-    def parts(self, trainer: Trainer) -> Assignment:
-        """The components of the model that is training."""
-        if self._assignment is None:
+    def parts(self, trainer: Trainer, *, anew: bool = False) -> Assignment:
+        """The components of the model that is training; `anew` where its parameters changed."""
+        if self._assignment is None or anew:
             self._assignment = self.components.assign(trainer.lightning_module)
         return self._assignment
 

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.gradient_rows import (
     STATISTICS,
+    UNKNOWN,
     GradientNumbers,
     GradientView,
     gradient_scaler,
@@ -121,7 +122,8 @@ class GradientHealth(Diagnostic):
     ) -> None:
         # with no gradient at all (`training_step` returned None) Lightning makes no step
         if self._counted:
-            self._called = any(p.grad is not None for p in own_parameters(optimizer))
+            groups = optimizer.param_groups
+            self._called = any(p.grad is not None for group in groups for p in group["params"])
             self._calls += self._called
         if self.is_due(trainer, optimizer):
             self.collect(wait=True)
@@ -199,12 +201,14 @@ class GradientHealth(Diagnostic):
         self.read(table, finish, None)
 
     def _view(self, trainer: Trainer, optimizer: Optimizer) -> GradientView:
-        skipped = (
-            self._calls - self._called - self._executed if self._counted else self._skipped_seen
-        )
-        view = GradientView.of(
-            trainer, optimizer, self.parts(trainer), step=self.step_of(trainer), skipped=skipped
-        )
+        missed = self._calls - self._called - self._executed
+        skipped = missed if self._counted else self._skipped_seen
+        step = self.step_of(trainer)
+        view = GradientView.of(trainer, optimizer, self.parts(trainer), step=step, skipped=skipped)
+        if UNKNOWN in view.names:
+            # parameters came to the model after training began
+            parts = self.parts(trainer, anew=True)
+            view = GradientView.of(trainer, optimizer, parts, step=step, skipped=skipped)
         return view.without_copies() if self._sharded else view
 
     def _payload_size(self, trainer: Trainer, optimizer: Optimizer) -> int:

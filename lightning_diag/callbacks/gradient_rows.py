@@ -22,6 +22,7 @@ from lightning_diag.lightning import Trainer
 
 __all__ = [
     "STATISTICS",
+    "UNKNOWN",
     "GradientNumbers",
     "GradientView",
     "gradient_scaler",
@@ -29,6 +30,7 @@ __all__ = [
     "unscales_itself",
 ]
 
+UNKNOWN = "?"
 STATISTICS = ("count", "l2", "rms", "mean", "std", "min", "max", "zeros", "nonfinite")
 
 
@@ -83,7 +85,7 @@ class GradientView:
         """Look at the gradients that `optimizer` is about to use; nothing is read or changed."""
         own = own_parameters(optimizer)
         owners = assignment.owners()
-        places = [owners.get(id(parameter), (OTHER, "?")) for parameter in own]
+        places = [owners.get(id(parameter), (OTHER, UNKNOWN)) for parameter in own]
         parts = list(dict.fromkeys([*assignment.names, *(component for component, _ in places)]))
         index = [parts.index(component) for component, _ in places]
         several = len(trainer.optimizers) > 1

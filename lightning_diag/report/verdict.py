@@ -65,7 +65,8 @@ def judge(findings: Sequence[Finding], steps: Sequence[int], info: Mapping[str, 
     )
     sentences = {
         "nothing measured": "The run holds no gradients, so nothing can be said about its health. "
-        "Add `GradientHealth` to the Trainer's callbacks.",
+        "Add `GradientHealth` to the Trainer's callbacks; if it is there, let it measure more "
+        "often (`every_n_steps`) or train longer.",
         "too little": f"Nothing wrong was seen, but {seen} are too few to judge by. Measure more "
         "often (`every_n_steps`) or train longer.",
         "healthy": f"No rule found anything wrong in {seen}.",

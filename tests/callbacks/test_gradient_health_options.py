@@ -293,3 +293,16 @@ def test_state_survives_a_resume(loader, tmp_path):
     seen = [row for row in whole if row["clip_coefficient"] is not None]
     shares = [sum(row["clipped"] for row in seen[:n]) / n for n in range(1, len(seen) + 1)]
     assert [row["clipped_share"] for row in seen] == pytest.approx(shares)
+
+
+def test_a_parameter_that_comes_later_has_its_name(tmp_path, loader):
+    class Grows(Witness):
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.late = nn.Parameter(torch.ones(2))
+                self.optimizers().add_param_group({"params": [self.late]})
+
+    fit(Grows(), every(1, per_parameter=True), loader, tmp_path)
+    seen = {row["parameter"] for row in rows(tmp_path, "grad_parameter", step=2)}
+    assert "late" in seen
+    assert "?" not in seen
