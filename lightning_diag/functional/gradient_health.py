@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_diag.functional.moments import (
     Moments,
+    gathered,
     local_shard,
     merge,
     merge_by,
@@ -238,9 +239,8 @@ def magnitude_histogram(tensors: Sequence[Tensor], low: int = -12, high: int = 3
 def _together(counts: Sequence[Tensor]) -> Tensor:
     if not counts:
         return torch.zeros(0, dtype=torch.float64)
-    device = counts[0].device
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.stack([count.to(device) for count in counts]).to(wide)
+    together = gathered(counts)
+    return together.float() if together.device.type == "mps" else together.double()
 
 
 def _stored(x: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["Moments", "local_shard", "merge", "merge_by", "moments", "neutral", "quick_moments"]
+__all__ = [
+    "Moments",
+    "gathered",
+    "local_shard",
+    "merge",
+    "merge_by",
+    "moments",
+    "neutral",
+    "quick_moments",
+]
 
 # a block and its temporaries fit into a core's cache; on a device, launches are dearer than memory
 _CPU_BLOCK = 1 << 16
@@ -105,10 +114,7 @@ def moments(tensors: Sequence[Tensor]) -> Moments:
     """
     if not tensors:
         return neutral(0)
-    # a model may lie on several devices; on one, this moves nothing
-    device = tensors[0].device
-    found = [_exact(*_values(tensor)).to(device) for tensor in tensors]
-    return Moments(*torch.stack(found).unbind(1))
+    return Moments(*gathered([_exact(*_values(tensor)) for tensor in tensors]).unbind(1))
 
 
 def quick_moments(tensors: Sequence[Tensor]) -> tuple[Moments, Tensor]:
@@ -250,6 +256,19 @@ def local_shard(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _is_first(mesh: DeviceMesh) -> bool:
     return mesh.get_coordinate() is not None and 0 in mesh.mesh.flatten().tolist()
+
+
+def gathered(results: Sequence[Tensor]) -> Tensor:
+    """Stack small results of tensors that may lie on several devices.
+
+    Args:
+        results: At least one tensor, all of one shape ``(*)``.
+
+    Returns:
+        Shape ``(n, *)``, on the device of the first.
+    """
+    home = results[0].device
+    return torch.stack([x if x.device == home else x.to(home) for x in results])
 
 
 def _values(tensor: Tensor) -> tuple[Tensor, int]:
