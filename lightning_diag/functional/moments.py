@@ -284,7 +284,10 @@ def _values(tensor: Tensor) -> tuple[Tensor, int]:
 
 def _exact(x: Tensor, absent: int) -> Tensor:
     """The seven fields of one tensor, shape ``(7,)``."""
-    blocks = torch.stack([_exact_block(block) for block in _blocks(_flat(x))])
+    found = [_exact_block(block) for block in _blocks(_flat(x))]
+    if len(found) == 1 and not absent:
+        return found[0]
+    blocks = torch.stack(found)
     count, total, square, low, high, zeros, nonfinite = blocks.unbind(1)
     low, high = low.amin(), high.amax()
     if absent:
@@ -298,17 +301,18 @@ def _exact_block(x: Tensor) -> Tensor:
     x = x.to(_wide(x))
     if x.numel() == 0:
         return torch.stack([field.squeeze(0) for field in neutral(1, like=x)])
-    finite = x.isfinite()
-    kept = torch.where(finite, x, 0)
+    # few launches: on a device they, and not the memory, are what small tensors cost
+    bad = x - x != 0
+    kept = x.masked_fill(bad, 0)
     return torch.stack(
         [
-            torch.full_like(kept[0], x.numel()),
+            x.new_full((), x.numel()),
             kept.sum(),
             torch.dot(kept, kept),
-            torch.where(finite, x, torch.inf).amin(),
-            torch.where(finite, x, -torch.inf).amax(),
-            x.numel() - torch.count_nonzero(x).to(x.dtype),
-            x.numel() - torch.count_nonzero(finite).to(x.dtype),
+            x.masked_fill(bad, torch.inf).amin(),
+            x.masked_fill(bad, -torch.inf).amax(),
+            (x == 0).sum(dtype=x.dtype),
+            bad.sum(dtype=x.dtype),
         ]
     )
 

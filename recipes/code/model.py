@@ -113,9 +113,10 @@ class CodeTransformer(LightningModule):
 
     def on_train_end(self) -> None:
         within = self.trainer.callback_metrics.get("val_auc_within_injected")
-        if within is not None:
-            self.print(
-                f"AUC within injected {within:.3f} (validation); it is .500 for a model that has "
+        if within is not None and self.trainer.is_global_zero:
+            # the module's own print is silent once the progress bar has closed
+            print(
+                f"\nAUC within injected {within:.3f} (validation); it is .500 for a model that has "
                 "only learnt whether something was injected."
             )
 
