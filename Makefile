@@ -17,7 +17,7 @@ DOORS := tests/callbacks tests/promises tests/records
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo    train the code transformer with diagnostics and report on it (about 5 minutes)"
+	@echo "make demo    train the code transformer with diagnostics and report on it (about 4 minutes)"
 	@echo "make test    ruff, mypy, doctests and all tests, under both Lightning packages"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"

@@ -102,6 +102,7 @@ def fit(
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,
+        "default_root_dir": path,
         "logger": RunLogger(path),
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
