@@ -18,7 +18,7 @@ from lightning_diag.components import Assignment, Components, Patterns
 from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_diag.records import RunLogger
 
-__all__ = ["Diagnostic", "Interval", "OnError", "Row"]
+__all__ = ["Diagnostic", "Interval", "OnError", "Row", "optimizer_index"]
 
 Interval = int | Literal["auto"]
 OnError = Literal["warn", "raise"]
@@ -130,7 +130,7 @@ class Diagnostic(Callback):
         To be asked exactly once before each optimizer step: under manual optimization, every
         optimizer's own steps are counted here.
         """
-        index = trainer.optimizers.index(optimizer) if optimizer in trainer.optimizers else -1
+        index = optimizer_index(trainer, optimizer)
         done = trainer.global_step
         if not trainer.lightning_module.automatic_optimization:
             done = self._optimizer_steps.get(index, 0)
@@ -466,6 +466,11 @@ class Diagnostic(Callback):
         }
         step = self.step_of(trainer)
         run.log_rows("overhead", [row], step=step, epoch=trainer.current_epoch)
+
+
+def optimizer_index(trainer: Trainer, optimizer: Optimizer) -> int:
+    """Place of `optimizer` among the Trainer's, -1 where it is none of them."""
+    return next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), -1)
 
 
 def _all_gather(output: Tensor, values: Tensor) -> None:

@@ -16,6 +16,7 @@ from lightning_diag.callbacks.gradient_rows import (
     UNKNOWN,
     GradientNumbers,
     GradientView,
+    completed_gradients,
     gradient_scaler,
     own_parameters,
     unscales_itself,
@@ -160,11 +161,14 @@ class GradientHealth(Diagnostic):
     def _measure(self, trainer: Trainer, device: torch.device, optimizer: Optimizer) -> None:
         began = self.device_began(device)
         if self._sharded:
-            # what may fail stays inside `compute`: the other ranks wait in the collective
+            # collectives come first, on a rank that has failed too; what may fail is in `compute`
+            whole = completed_gradients(optimizer)
             size = self._payload_size(trainer, optimizer)
-            gathered = self.gather(
-                lambda: self._payload(self._view(trainer, optimizer)), size, device
-            )
+
+            def compute() -> Tensor:
+                return self._payload(self._view(trainer, optimizer).without_copies(whole))
+
+            gathered = self.gather(compute, size, device)
             self._read(self._view(trainer, optimizer), gathered, began)
             return
         view = self._view(trainer, optimizer)
@@ -209,7 +213,7 @@ class GradientHealth(Diagnostic):
             # parameters came to the model after training began
             parts = self.parts(trainer, anew=True)
             view = GradientView.of(trainer, optimizer, parts, step=step, skipped=skipped)
-        return view.without_copies() if self._sharded else view
+        return view
 
     def _payload_size(self, trainer: Trainer, optimizer: Optimizer) -> int:
         bins = len(self.parts(trainer).names) * _BINS if self.histogram else 0

@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.base import Row
+from lightning_diag.callbacks.base import Row, optimizer_index
 from lightning_diag.components import OTHER, Assignment
 from lightning_diag.functional.gradient_health import (
     clip_coefficient,
     gradient_summary,
     norm_shares,
 )
-from lightning_diag.functional.moments import Moments
+from lightning_diag.functional.moments import Moments, completed
 from lightning_diag.lightning import Trainer
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "UNKNOWN",
     "GradientNumbers",
     "GradientView",
+    "completed_gradients",
     "gradient_scaler",
     "own_parameters",
     "unscales_itself",
@@ -94,7 +95,7 @@ class GradientView:
         return cls(
             trainer=trainer,
             step=step,
-            optimizer=_index(trainer, optimizer) if several else None,
+            optimizer=optimizer_index(trainer, optimizer) if several else None,
             names=[name for _, name in places],
             parts=parts,
             index=index,
@@ -114,20 +115,28 @@ class GradientView:
             limit=float(trainer.gradient_clip_val or 0),
         )
 
-    def without_copies(self) -> "GradientView":
-        """The same on a rank that adds its shards to those of others: what is whole, rank 0 has."""
+    def without_copies(self, gradients: list[Tensor | None]) -> "GradientView":
+        """The same on a rank that adds its shards to those of others: what is whole, rank 0 has.
+
+        Args:
+            gradients: What `completed_gradients` gave.
+        """
         flat = any(kind.__name__ == "FSDPStrategy" for kind in type(self.trainer.strategy).__mro__)
         if flat or self.trainer.global_rank == 0:
-            return self
+            return replace(self, gradients=gradients)
         own = [
             gradient if gradient is None or isinstance(gradient, DTensor) else gradient.new_empty(0)
-            for gradient in self.gradients
+            for gradient in gradients
         ]
         return replace(self, gradients=own)
 
 
-def _index(trainer: Trainer, optimizer: Optimizer) -> int:
-    return next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), -1)
+def completed_gradients(optimizer: Optimizer) -> list[Tensor | None]:
+    """An optimizer's gradients without pending sums over ranks; every rank must ask for them."""
+    return [
+        completed(parameter.grad) if isinstance(parameter.grad, DTensor) else parameter.grad
+        for parameter in own_parameters(optimizer)
+    ]
 
 
 def _algorithm(trainer: Trainer) -> str:

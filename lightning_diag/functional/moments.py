@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 __all__ = [
     "Moments",
+    "completed",
     "gathered",
     "local_shard",
     "merge",
@@ -241,9 +242,7 @@ def local_shard(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    if any(placement.is_partial() for placement in tensor.placements):
-        whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
-        tensor = tensor.redistribute(placements=whole)
+    tensor = completed(tensor)
     place = tensor.device_mesh.get_coordinate()
     repeated = not _is_first(tensor.device_mesh) or any(
         placement.is_replicate() and coordinate > 0
@@ -253,8 +252,24 @@ def local_shard(tensor: Tensor) -> Tensor:
     return part.new_empty(0) if repeated else part
 
 
+def completed(tensor: DTensor) -> DTensor:
+    """The tensor without a pending sum over ranks (partial placement).
+
+    Args:
+        tensor: Any distributed tensor.
+
+    Returns:
+        The tensor itself, or its completion, made by a collective that every rank must enter.
+    """
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    whole = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor.redistribute(placements=whole)
+
+
 @functools.lru_cache(maxsize=64)
 def _is_first(mesh: DeviceMesh) -> bool:
+    # a mesh is a table of rank numbers on the host; each is asked once, and no data are read
     return mesh.get_coordinate() is not None and 0 in mesh.mesh.flatten().tolist()
 
 

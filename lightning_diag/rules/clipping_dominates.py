@@ -10,6 +10,7 @@ from lightning_diag.rules.finding import Evidence, Finding
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import loosen_clip
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     Trace,
     after_warmup,
     evidence_steps,
@@ -88,7 +89,7 @@ def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
         observed=left,
         threshold=t.min_coefficient if extreme else t.noted_coefficient,
         unit="median clip coefficient",
-        evidence=Evidence("records/grad.jsonl", evidence_steps(steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
         message=(
             f"Clipping at {value:g} cut {share:.0%} of the steps after the start, and left "
             f"{left:.1%} of the gradient at the median.{blame}"

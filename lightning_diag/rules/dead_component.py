@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     Trace,
     component_traces,
     evidence_steps,
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     import polars as pl
 
 __all__ = ["DeadComponent", "dead_component"]
-
-_FILE = "records/grad.jsonl"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _judge(trace: Trace, alive: set[int], t: DeadComponent) -> Finding | None:
         observed=0.0,
         threshold=0.0,
         unit="l2 norm",
-        evidence=Evidence(_FILE, evidence_steps(steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
         message=_message(name, steps, absent, start > 0, trace.words("first_missing")[at]),
         suggestion=_SUGGESTIONS[absent],
         confidence=0.95,
@@ -158,7 +157,7 @@ def _all_silent(traces: list[Trace], alive: set[int], t: DeadComponent) -> list[
             observed=0.0,
             threshold=0.0,
             unit="l2 norm",
-            evidence=Evidence(_FILE, evidence_steps(steps[start:])),
+            evidence=Evidence(GRAD_FILE, evidence_steps(steps[start:])),
             message=f"No part of the model gets a gradient {since}: nothing is learned any more.",
             suggestion=(
                 "Check that the loss depends on the model's output and is not constant (a hinge or "

@@ -10,6 +10,7 @@ from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import calm_steps
 from lightning_diag.rules.sizes import sizes
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     Trace,
     after_warmup,
     component_traces,
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ExplodingGradient", "exploding_gradient"]
 
-_FILE = "records/grad.jsonl"
 _SUGGESTION = (
     "Lower the learning rate (0.3 times is a good first try), warm it up over the first few "
     "hundred steps, and clip the gradient norm at 1, or tighter than now. If it began at one "
@@ -153,7 +153,7 @@ def _finding(rise: _Rise, parts: list[_Rise], trace: Trace | None, t: ExplodingG
         observed=rise.peak,
         threshold=t.max_l2,
         unit="l2 norm before clipping",
-        evidence=Evidence(_FILE, evidence_steps(rise.steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(rise.steps)),
         message=(
             f"The gradient norm of {name} rose to {rise.peak:.3g} {often}, first at step "
             f"{rise.steps[0]}; {rise.usual:.3g} was usual.{also}{cushion}"
@@ -192,7 +192,7 @@ def _steadily_large(trace: Trace, t: ExplodingGradient) -> list[Finding]:
             observed=typical,
             threshold=t.large_l2,
             unit="median l2 norm before clipping",
-            evidence=Evidence(_FILE, evidence_steps(steps)),
+            evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
             message=f"The gradient norm is large, {typical:.3g} at the median, but steady.",
             suggestion=(
                 "Usually nothing to do. A loss that is summed rather than averaged over the batch "

@@ -10,6 +10,7 @@ from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import boost_component
 from lightning_diag.rules.sizes import Size, ratio, sizes_by_step, typical_others
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     after_warmup,
     component_traces,
     evidence_steps,
@@ -102,7 +103,7 @@ def _finding(gap: _Gap, t: GradientImbalance) -> Finding:
         observed=gap.times,
         threshold=t.max_ratio if extreme else t.noted_ratio,
         unit=f"times {side} than the typical component, by norm and by rms",
-        evidence=Evidence("records/grad.jsonl", evidence_steps(gap.steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(gap.steps)),
         message=(
             f"The gradient of `{gap.component}` is {gap.times:,.0f} times {side} than that of "
             f"the other parts.{harmless}"

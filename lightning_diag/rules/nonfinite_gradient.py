@@ -7,6 +7,7 @@ from lightning_diag.rules.finding import Evidence, Finding
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import leave_half_precision
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     Trace,
     component_traces,
     evidence_steps,
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["NonfiniteGradient", "nonfinite_gradient"]
 
-_FILE = "records/grad.jsonl"
 _SUGGESTION = (
     "Look at the first parameter that is named: what feeds it may take a logarithm or square root "
     "of zero, divide by zero, or overflow. Then lower the learning rate, warm it up, and clip the "
@@ -110,7 +110,7 @@ def _taken(
         observed=float(len(steps)),
         threshold=t.min_rows,
         unit="measured steps with NaN or infinity",
-        evidence=Evidence(_FILE, evidence_steps(steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
         message=(
             f"At step {first} the gradient held {_kind(whole, first)}{where}{which}{also}. "
             f"{_count(len(steps), 'measured step')} had this and changed the weights.{after}"
@@ -158,7 +158,7 @@ def _scaler_lost(trace: Trace, t: NonfiniteGradient) -> list[Finding]:
             observed=float(stop - start),
             threshold=t.skipped_rows,
             unit="measured steps skipped in a row",
-            evidence=Evidence(_FILE, evidence_steps(steps[start:stop])),
+            evidence=Evidence(GRAD_FILE, evidence_steps(steps[start:stop])),
             message=(
                 f"From step {steps[start]} on the gradient scaler skipped "
                 f"{_count(stop - start, 'measured step')} in a row: the gradient is not finite at "

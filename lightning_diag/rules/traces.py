@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 __all__ = [
+    "GRAD_FILE",
     "Trace",
     "after_warmup",
     "component_traces",
@@ -25,6 +26,8 @@ _SUMMED = ("count", "nonfinite", "tensors", "missing", "frozen", "share")
 _NUMBERS = (*_SUMMED, "l2", "zeros", "l2_nonfinite", "has_nan", "has_inf", "min_norm")
 _WHOLE = ("clip_value", "clip_coefficient", "clipped", "scale", "skipped", "skipped_total")
 _WORDS = ("component", "first_missing", "first_nonfinite", "dominant", "clip_algorithm")
+
+GRAD_FILE = "records/grad.jsonl"
 
 
 class Trace(NamedTuple):

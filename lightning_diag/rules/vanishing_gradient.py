@@ -11,6 +11,7 @@ from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import boost_component
 from lightning_diag.rules.sizes import Size, largest, ratio, sizes, sizes_by_step
 from lightning_diag.rules.traces import (
+    GRAD_FILE,
     Trace,
     after_warmup,
     component_traces,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VanishingGradient", "vanishing_gradient"]
 
-_FILE = "records/grad.jsonl"
 _SUGGESTION = (
     "Look at what lies between this part and the loss: sigmoid or tanh that saturate, many layers "
     "without a skip connection or normalization, weights that start too small. Under 16-bit "
@@ -110,7 +110,7 @@ def _judge(trace: Trace, table: dict[int, list[Size]], t: VanishingGradient) -> 
         observed=mean,
         threshold=t.mean_l2,
         unit="mean l2 norm",
-        evidence=Evidence(_FILE, evidence_steps(step for step, _, _ in rows)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(step for step, _, _ in rows)),
         message=message,
         suggestion=_SUGGESTION,
         confidence=0.9,
@@ -156,7 +156,7 @@ def _sudden_fall(
         observed=fall,
         threshold=t.others_ratio,
         unit="times smaller than before, beside the other parts",
-        evidence=Evidence(_FILE, evidence_steps(step for step, _, _ in rows)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(step for step, _, _ in rows)),
         message=(
             f"The gradient of `{name}` fell at step {rows[0][0]} to 1/{fall:,.0f} of its usual "
             "size beside the other parts, and stayed there."
@@ -187,7 +187,7 @@ def _tiny_from_the_start(traces: list[Trace], t: VanishingGradient) -> Finding |
         observed=mean,
         threshold=t.mean_l2,
         unit="mean l2 norm of the largest component",
-        evidence=Evidence(_FILE, evidence_steps(steps)),
+        evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
         message=(
             "Every part of the model had next to no gradient from the first step on: the largest "
             f"norm is {mean:.1e} on average."
@@ -219,7 +219,7 @@ def _smallest_tensor(traces: list[Trace], t: VanishingGradient) -> list[Finding]
                 observed=smallest,
                 threshold=t.min_tensor_l2,
                 unit="smallest l2 norm of one tensor",
-                evidence=Evidence(_FILE, evidence_steps(step for step, _ in low)),
+                evidence=Evidence(GRAD_FILE, evidence_steps(step for step, _ in low)),
                 message=(
                     "At least one single tensor gets next to no gradient "
                     f"(smallest norm {smallest:.1e}), while its component does."

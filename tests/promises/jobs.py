@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from lightning_diag import GradientHealth, RunLogger
 from lightning_diag.lightning import PACKAGE, Callback, LightningModule, Trainer
@@ -94,6 +94,7 @@ class Odd(Callback):
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.norms: dict[int, float] = {}
+        self.kept: DTensor | None = None
         self.rank = int(os.environ["LOCAL_RANK"])
 
     def on_before_optimizer_step(
@@ -104,7 +105,10 @@ class Odd(Callback):
             gradient = module.net.head.weight.grad
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
             local[0, 0] = torch.nan
-        if self.kind == "error" and self.rank == 1 and step == ODD_STEP:
+        if self.kind.startswith("pending"):
+            self.kept = module.net.head.weight.grad
+            module.net.head.weight.grad = pending(self.kept)
+        if self.kind.endswith("error") and self.rank == 1 and step == ODD_STEP:
             break_measuring()
         if self.kind == "slow" and self.rank == 1:
             time.sleep(0.01)
@@ -117,6 +121,19 @@ class Odd(Callback):
         self.norms[step] = float(total.sqrt())
 
 
+class Restored(Callback):
+    """After the measuring, gives back the gradient that `Odd` has turned into a pending sum."""
+
+    def __init__(self, odd: Odd) -> None:
+        self.odd = odd
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, module: LightningModule, optimizer: Any
+    ) -> None:
+        if self.odd.kept is not None:
+            module.net.head.weight.grad = self.odd.kept
+
+
 class OddData(Classifier):
     """One row of the data of rank 1 makes a loss that is not a number."""
 
@@ -124,6 +141,12 @@ class OddData(Classifier):
         loss = super().loss(batch, batch_idx)
         odd = os.environ["LOCAL_RANK"] == "1" and self.global_step == ODD_STEP
         return loss * (torch.nan if odd else 1)
+
+
+def pending(gradient: DTensor) -> DTensor:
+    """The same gradient as a sum over ranks that nobody has carried out yet."""
+    share = gradient.full_tensor() / gradient.device_mesh.size()
+    return DTensor.from_local(share, gradient.device_mesh, [Partial()])
 
 
 def break_measuring() -> None:
@@ -148,7 +171,7 @@ def train_odd_rank(mode: str, kind: str, interval: int | str, epochs: int, folde
     options["logger"] = RunLogger(folder / "run")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = Trainer(callbacks=[odd, diagnostic], **options)
+        trainer = Trainer(callbacks=[odd, diagnostic, Restored(odd)], **options)
         trainer.fit(module, batches())
     told = [str(warning.message) for warning in caught if "has ended" in str(warning.message)]
     left = {"step": trainer.global_step, "told": told, "norms": odd.norms}

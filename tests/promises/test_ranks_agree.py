@@ -68,6 +68,20 @@ def test_an_error_on_rank_1(mode, tmp_path):
         assert list(rows) == list(range(ODD_STEP))
 
 
+def test_a_sum_that_is_still_pending_counts_once(tmp_path):
+    left, rows = train("fsdp2", "pending", tmp_path)
+    assert not left[0]["told"] + left[1]["told"]
+    for step in range(BATCHES):
+        assert rows[step]["global_norm"] == pytest.approx(left[0]["norms"][step], rel=1e-5)
+
+
+def test_an_error_beside_a_pending_sum_leaves_nobody_waiting(tmp_path):
+    """Completing the sum is a collective of its own, which the failed rank must enter too."""
+    left, rows = train("fsdp2", "pending_error", tmp_path)
+    assert len(left[0]["told"]) == len(left[1]["told"]) == 1
+    assert list(rows) == list(range(ODD_STEP))
+
+
 @pytest.mark.parametrize("kind", ["nothing", "slow"])
 def test_an_automatic_interval_is_the_same_on_all_ranks(kind, tmp_path):
     """Ranks that measured at different steps would wait for each other forever."""
