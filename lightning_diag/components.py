@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn import Parameter
 
-__all__ = ["Assignment", "Components", "param_groups", "parameter_names"]
+__all__ = ["Assignment", "Components", "module_names", "param_groups", "parameter_names"]
 
 OTHER = "other"
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -114,6 +114,21 @@ def parameter_names(model: nn.Module) -> list[tuple[str, Parameter]]:
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     ]
+
+
+def module_names(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module of a model once, by dotted name without wrapper prefixes; the model is "".
+
+    Args:
+        model: The network.
+
+    Example:
+        >>> list(module_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+        ['', '0', '1']
+    """
+    clean = _clean_prefixes(model)
+    # a wrapper comes before what it wraps, under the same name; the last of them is the module
+    return {clean[name]: module for name, module in model.named_modules()}
 
 
 def param_groups(

@@ -11,8 +11,10 @@ from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.clock import Clock, Read
+from lightning_diag.callbacks.forward import Inside, Watch, watch_training_step
 from lightning_diag.callbacks.run import add_run_logger, run_logger
 from lightning_diag.components import Assignment, Components, Patterns
 from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
@@ -27,6 +29,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _FIRST_AUTO_STEP = 4
+_BATCH = -2  # stands for batches where others are numbers of optimizers
 _CHECKPOINT_KEY = "lightning_diag"
 _SHARDING = frozenset({"FSDPStrategy", "ModelParallelStrategy"})
 
@@ -40,14 +43,15 @@ def _isolated(
         if self._inside:
             return hook(self, *args, **kwargs)
         owes = self._owes_collective and hook.__name__ in self.collective_hooks
+        nothing: dict[str, Any] | None = {} if hook.__name__ == "state_dict" else None
         if self._ended and not owes and hook.__name__ != "setup":
-            return {} if hook.__name__ == "state_dict" else None
+            return nothing
         self._inside, start = True, perf_counter()
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
             self._end(hook.__name__, error)
-            return {} if hook.__name__ == "state_dict" else None
+            return nothing
         finally:
             self._inside = False
             self._seconds += perf_counter() - start
@@ -66,7 +70,8 @@ class Diagnostic(Callback):
         components: The parts of the model to speak of: a mapping of names to globs, a `Components`,
             or None for the top-level children.
         every_n_steps: Measure at each n-th optimizer step (steps n-1, 2n-1, ... counted from 0), or
-            ``"auto"`` for the shortest interval that keeps to `overhead_budget`.
+            ``"auto"`` for the shortest interval that keeps to `overhead_budget`. None only where a
+            subclass has another pace (`paced_by_steps` is False).
         on_error: ``"warn"`` ends the diagnostic with a warning, ``"raise"`` lets the exception out.
         overhead_budget: Share of training time that ``"auto"`` may spend.
 
@@ -78,6 +83,7 @@ class Diagnostic(Callback):
     prefix: ClassVar[str]
     logged: ClassVar[frozenset[str]] = frozenset()
     collective_hooks: ClassVar[frozenset[str]] = frozenset()
+    paced_by_steps: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,11 +93,12 @@ class Diagnostic(Callback):
         self,
         components: Patterns | Components | None = None,
         *,
-        every_n_steps: Interval = 50,
+        every_n_steps: Interval | None = 50,
         on_error: OnError = "warn",
         overhead_budget: float = 0.01,
     ) -> None:
-        _check_interval(every_n_steps)
+        if every_n_steps is not None or self.paced_by_steps:
+            _check_interval(every_n_steps)
         if on_error not in ("warn", "raise"):
             raise ValueError(f'`on_error` must be "warn" or "raise", got {on_error!r}.')
         if not 0 < overhead_budget <= 1:
@@ -108,6 +115,8 @@ class Diagnostic(Callback):
         self._assignment: Assignment | None = None
         self._callback_metrics: dict[str, Tensor] = {}
         self._broken_loggers: set[int] = set()
+        self._handles: list[RemovableHandle] = []
+        self._watch: Watch | None = None
         self._pending: deque[Read] = deque()
         self._resumed: dict[str, Any] = {}
         self.forget()
@@ -135,16 +144,48 @@ class Diagnostic(Callback):
         if not trainer.lightning_module.automatic_optimization:
             done = self._optimizer_steps.get(index, 0)
             self._optimizer_steps[index] = done + 1
-        # an optimizer with line search evaluates one step several times; the first is its start
-        if self._last_asked.get(index) == done:
-            return False
-        self._last_asked[index] = done
-        if self.every_n_steps != "auto":
-            return (done + 1) % self._interval == 0
-        due = done >= self._last_due.get(index, _FIRST_AUTO_STEP - self._interval) + self._interval
-        if due:
-            self._last_due[index] = done
-        return due
+        return self._is_turn(index, done)
+
+    def is_due_batch(self, trainer: Trainer) -> bool:
+        """Whether the batch that begins is one to measure: the first of each n-th optimizer step.
+
+        To be asked exactly once in every `on_train_batch_start`. Under manual optimization n counts
+        batches.
+        """
+        return self._is_turn(_BATCH, self.step_of(trainer))
+
+    def watch_forward(self, pl_module: LightningModule, inside: Inside) -> None:
+        """Be inside a context while this batch's ``training_step`` runs; once, and then no more.
+
+        Compiled parts of the model are not touched: each is run a second time, eagerly, without
+        gradients, with its random numbers and buffers put back, and the context is entered around
+        that instead.
+
+        Args:
+            pl_module: The module that trains.
+            inside: Makes the context of one `Scope`: it adds hooks to the scope's modules when it
+                is entered and removes them when it is left. Called once for all that is eager, and
+                once for each compiled part.
+        """
+        self._watch = watch_training_step(pl_module, inside, self.guarded)
+
+    def guarded(self, function: Callable[_P, _T]) -> Callable[_P, _T | None]:
+        """`function` for a hook of PyTorch: timed, and its exception ends the diagnostic alone."""
+
+        def hook(_: "Diagnostic", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+            return function(*args, **kwargs)
+
+        hook.__name__ = getattr(function, "__name__", "hook")
+        isolated = _isolated(hook)
+
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+            return isolated(self, *args, **kwargs)
+
+        return run
+
+    def hold(self, *handles: RemovableHandle) -> None:
+        """Keep hooks that `release` removes, whatever happens."""
+        self._handles += handles
 
     def device_began(self, device: torch.device) -> torch.cuda.Event | None:
         """Mark the beginning of a measurement on a CUDA device; None on others."""
@@ -259,7 +300,13 @@ class Diagnostic(Callback):
         self._clock.agree(max(marks[1::3]), max(marks[2::3]))
 
     def release(self) -> None:
-        """Remove the hooks and memory that are held; overridden where there are any."""
+        """Remove the hooks that are held; extended where there is more to give back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def forget(self) -> None:
         """Start with an empty memory; extended where there is more of it than counters."""
@@ -327,7 +374,7 @@ class Diagnostic(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.collect(wait=True)
-        if not self._measured:
+        if not self._measured and self.every_n_steps is not None:
             self.note(
                 trainer,
                 f"nothing was measured: training ended before step {self._interval}, and "
@@ -396,6 +443,18 @@ class Diagnostic(Callback):
 
     # ---- private ----
 
+    def _is_turn(self, index: int, done: int) -> bool:
+        # a step may be asked about several times: micro-batches, or a line search; its start counts
+        if self._last_asked.get(index) == done or self.every_n_steps is None:
+            return False
+        self._last_asked[index] = done
+        if self.every_n_steps != "auto":
+            return (done + 1) % self._interval == 0
+        due = done >= self._last_due.get(index, _FIRST_AUTO_STEP - self._interval) + self._interval
+        if due:
+            self._last_due[index] = done
+        return due
+
     def _end(self, hook: str, error: Exception) -> None:
         if self._ended:
             return
@@ -462,7 +521,7 @@ class Diagnostic(Callback):
             "step_seconds": self._clock.step(),
             "elapsed": elapsed,
             "share": spent / elapsed if elapsed else None,
-            "every_n_steps": self._interval,
+            "every_n_steps": None if self.every_n_steps is None else self._interval,
         }
         step = self.step_of(trainer)
         run.log_rows("overhead", [row], step=step, epoch=trainer.current_epoch)
@@ -485,9 +544,9 @@ def _isolate(cls: type[Diagnostic]) -> None:
             setattr(cls, name, _isolated(hook))
 
 
-def _check_interval(every_n_steps: Interval) -> None:
+def _check_interval(every_n_steps: Interval | None) -> None:
     whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-    if every_n_steps != "auto" and not (whole and int(every_n_steps) >= 1):
+    if every_n_steps != "auto" and not (whole and int(every_n_steps or 0) >= 1):
         raise ValueError(f'`every_n_steps` must be at least 1 or "auto", got {every_n_steps!r}.')
 
 

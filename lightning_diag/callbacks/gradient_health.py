@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.gradient_rows import (
@@ -109,7 +108,6 @@ class GradientHealth(Diagnostic):
         self.per_parameter = per_parameter
         self.histogram = histogram
         self._counted = False
-        self._handles: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -129,11 +127,6 @@ class GradientHealth(Diagnostic):
         if self.is_due(trainer, optimizer):
             self.collect(wait=True)
             self._measure(trainer, pl_module.device, optimizer)
-
-    def release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def forget(self) -> None:
         super().forget()
@@ -263,7 +256,7 @@ class GradientHealth(Diagnostic):
         # a difference of counts needs every optimizer to be counted
         self._counted = not any(unscales_itself(optimizer) for optimizer in optimizers)
         if self._counted:
-            self._handles += [x.register_step_post_hook(executed) for x in optimizers]
+            self.hold(*(optimizer.register_step_post_hook(executed) for optimizer in optimizers))
 
     # ---- writing ----
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning_diag.report.norms import WHOLE, ComponentNorms
+from lightning_diag.report.section import Section, Table
 from lightning_diag.report.words import override_words, short, step_words
 from lightning_diag.report.write_report import Report
 from lightning_diag.rules.finding import Finding
@@ -15,6 +16,7 @@ __all__ = ["print_summary"]
 _COLOURS = {"critical": "bold red", "warning": "bold yellow", "info": "cyan"}
 _STATES = {"healthy": "bold green", "critical": "bold red"}
 _WIDE = 100
+_ROWS = 20  # of a table; the page has them all
 
 
 def print_summary(report: Report, console: "Console") -> None:
@@ -31,6 +33,8 @@ def print_summary(report: Report, console: "Console") -> None:
         console.print(_table(report.components, wide=console.width >= _WIDE))
     else:
         console.print("None were measured.")
+    for section in report.sections:
+        _print_section(section, console)
     console.rule("Verdict", align="left")
     style = _STATES.get(report.verdict.state, "bold yellow")
     console.print(Text(report.verdict.headline, style), Text(report.verdict.sentence))
@@ -47,6 +51,34 @@ def print_summary(report: Report, console: "Console") -> None:
         console.print(Text(f"{notes} more noted in the report, none of them an alarm.", "dim"))
     page = report.files["report.html"]
     console.print(Text(f"Report: {page}"), soft_wrap=True)
+
+
+def _print_section(section: Section, console: "Console") -> None:
+    from rich.text import Text
+
+    console.rule(Text(section.title), align="left")
+    for line in section.lines:
+        console.print(Text(line.replace("`", "")))
+    for table in section.tables:
+        console.print(_cells(table))
+
+
+def _cells(table: Table) -> object:
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    title = Text(table.title, "bold") if table.title else None
+    drawn = RichTable(
+        title=title, title_justify="left", box=None, pad_edge=False, header_style="dim"
+    )
+    for number, name in enumerate(table.columns):
+        left = number < table.left
+        drawn.add_column(Text(name), justify="left" if left else "right", overflow="fold")
+    for row in table.rows[:_ROWS]:
+        drawn.add_row(*(Text(cell) for cell in row))
+    if len(table.rows) > _ROWS:
+        drawn.caption = f"{len(table.rows) - _ROWS} more in the report"
+    return drawn
 
 
 def _table(components: list[ComponentNorms], *, wide: bool) -> object:

@@ -11,6 +11,7 @@ from lightning_diag.records.json_safe import json_safe
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.overhead import Overhead
 from lightning_diag.report.page_template import SCRIPT, STYLE, TEMPLATE
+from lightning_diag.report.section import Section
 from lightning_diag.report.theme import chart_config
 from lightning_diag.report.verdict import Verdict
 from lightning_diag.report.words import flatten, override_words, short, step_words
@@ -31,6 +32,7 @@ def html_page(
     findings: Sequence[Finding],
     components: Sequence[ComponentNorms],
     costs: Sequence[Overhead],
+    sections: Sequence[Section],
     charts: Mapping[str, Mapping[str, Any]],
     pictures: Mapping[str, bytes],
 ) -> str:
@@ -44,11 +46,13 @@ def html_page(
         findings: Causes first.
         components: Gradient norms, a line per component.
         costs: Cost of each diagnostic.
+        sections: What the other diagnostics have to say.
         charts: Vega-Lite specifications by name.
         pictures: PNG pictures of the same charts.
     """
     grave = [one for one in findings if one.rank > 0]
-    figures = [_figure(name, spec, pictures[name]) for name, spec in charts.items()]
+    figures = {name: _figure(name, spec, pictures[name]) for name, spec in charts.items()}
+    elsewhere = {name for section in sections for name in section.charts}
     page: str = _template().render(
         title=run.path.resolve().name or "run",
         verdict=verdict,
@@ -56,6 +60,8 @@ def html_page(
         more=grave[_FIRST:],
         noted=[one for one in findings if one.rank == 0],
         figures=figures,
+        first_figures=[figures[name] for name in charts if name not in elsewhere],
+        sections=sections,
         components=components,
         costs=costs,
         notes=_notes(run),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.overhead import Overhead
+from lightning_diag.report.section import Section, Table
 from lightning_diag.report.verdict import Verdict
 from lightning_diag.report.words import override_words, short, step_words
 from lightning_diag.rules.finding import Finding
@@ -22,6 +23,7 @@ def markdown_page(
     findings: Sequence[Finding],
     components: Sequence[ComponentNorms],
     costs: Sequence[Overhead],
+    sections: Sequence[Section] = (),
 ) -> str:
     """The report as Markdown; names out of the run are escaped."""
     parts = [
@@ -39,6 +41,8 @@ def markdown_page(
         "## Gradients by component",
         _norms(components) if components else "None were measured.",
     ]
+    for section in sections:
+        parts += _section(section)
     if notes:
         parts += ["## Noted", *(f"- {_prose(one.message)}" for one in notes)]
     if costs:
@@ -78,8 +82,21 @@ def _finding(number: int, one: Finding) -> str:
     return "\n\n".join(lines)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+def _section(section: Section) -> list[str]:
+    parts = [f"## {_plain(section.title)}", *(_prose(line) for line in section.lines)]
+    parts += [f"![{_plain(section.title)}]({name}.png)" for name in section.charts]
+    for table in section.tables:
+        parts += [f"### {_plain(table.title)}"] * bool(table.title) + [_cells(table)]
+    return parts
+
+
+def _cells(table: Table) -> str:
+    rows = [[_plain(cell) for cell in row] for row in table.rows]
+    return _table([_plain(name) for name in table.columns], rows, table.left)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

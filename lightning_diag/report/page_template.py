@@ -13,6 +13,14 @@ TEMPLATE = """\
 <style>{{ style|safe_json }}</style>
 </head>
 <body>
+{% macro drawing(figure) %}
+<figure>
+<figcaption><strong>{{ figure.title }}</strong>
+{% if figure.caption %}<span>{{ figure.caption }}</span>{% endif %}</figcaption>
+<div class="chart" data-chart="{{ figure.name }}" aria-label="{{ figure.described }}">
+<img src="data:image/png;base64,{{ figure.picture }}" alt="{{ figure.described }}"></div>
+</figure>
+{% endmacro %}
 {% macro card(one, number=none) %}
 <article class="card {{ one.severity }}">
 <h3>{% if number %}<span class="number" aria-hidden="true">{{ number }}</span>{% endif %}
@@ -49,14 +57,7 @@ confidence {{ "%.0f"|format(100 * one.confidence) }} %.
 </section>
 {% endif %}
 <section aria-labelledby="charts"><h2 id="charts">Charts</h2>
-{% for figure in figures %}
-<figure>
-<figcaption><strong>{{ figure.title }}</strong>
-{% if figure.caption %}<span>{{ figure.caption }}</span>{% endif %}</figcaption>
-<div class="chart" data-chart="{{ figure.name }}" aria-label="{{ figure.described }}">
-<img src="data:image/png;base64,{{ figure.picture }}" alt="{{ figure.described }}"></div>
-</figure>
-{% endfor %}
+{% for one in first_figures %}{{ drawing(one) }}{% endfor %}
 </section>
 <section aria-labelledby="table"><h2 id="table">Gradients by component</h2>
 {% if components %}
@@ -86,6 +87,29 @@ parameter tensor.</p>
 </tbody></table></div>
 {% else %}<p>None were measured.</p>{% endif %}
 </section>
+{% for section in sections %}
+<section aria-labelledby="section-{{ loop.index }}">
+<h2 id="section-{{ loop.index }}">{{ section.title }}</h2>
+{% set place = loop.index %}
+{% for line in section.lines %}<p>{{ line|prose }}</p>
+{% endfor %}
+{% for name in section.charts %}{{ drawing(figures[name]) }}{% endfor %}
+{% for table in section.tables %}
+{% if table.title %}<h3>{{ table.title }}</h3>{% endif %}
+<div class="scroll" tabindex="0" role="region" aria-labelledby="section-{{ place }}"><table>
+<thead><tr>{% for name in table.columns %}
+<th scope="col"{% if loop.index <= table.left %} class="name"{% endif %}>{{ name }}</th>
+{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}
+<tr>{% for cell in row %}
+{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}
+<td{% if loop.index <= table.left %} class="name"{% endif %}>{{ cell }}</td>{% endif %}
+{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
+</section>
+{% endfor %}
 {% if noted %}
 <section aria-labelledby="noted"><h2 id="noted">Noted</h2>
 <p class="quiet">Worth knowing, but no alarm.</p>
@@ -133,7 +157,7 @@ parameter tensor.</p>
 <footer><p>Written by lightning_diag, {{ written }}.</p></footer>
 <script type="application/json" id="light">{{ light|safe_json }}</script>
 <script type="application/json" id="dark">{{ dark|safe_json }}</script>
-{% for figure in figures %}
+{% for figure in figures.values() %}
 <script type="application/json" id="spec-{{ figure.name }}">{{ figure.spec|safe_json }}</script>
 {% endfor %}
 <script>{{ bundle|safe_json }}</script>
@@ -206,6 +230,7 @@ th, td { padding: 8px 8px; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--quiet); font-weight: 500; }
+th.name, td.name { text-align: left; }
 th:first-child { padding-left: 14px; text-align: left;
   position: sticky; left: 0; background: var(--card); }
 tbody th { font-weight: 600; min-width: 9em; max-width: 260px; white-space: normal;

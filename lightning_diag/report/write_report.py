@@ -1,9 +1,9 @@
 """The files of ``analysis/``: tables, charts, findings and the page that shows them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_diag.records.files import write_bytes, write_json, write_text
 from lightning_diag.records.read_run import Run, read_run
@@ -18,11 +18,10 @@ from lightning_diag.report.norms import (
     norms_csv,
 )
 from lightning_diag.report.overhead import Overhead, overheads
+from lightning_diag.report.section import Section
+from lightning_diag.report.sections import sections
 from lightning_diag.report.verdict import Verdict, judge
 from lightning_diag.rules import Finding, diagnose
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Report", "recommendations", "write_report"]
 
@@ -38,6 +37,7 @@ class Report:
         verdict: State, headline and sentence.
         components: Gradient norms, a line per component.
         overheads: Cost of each diagnostic.
+        sections: What the other diagnostics have to say.
     """
 
     run: Path
@@ -46,6 +46,7 @@ class Report:
     verdict: Verdict
     components: list[ComponentNorms]
     overheads: list[Overhead]
+    sections: list[Section]
 
     @property
     def exit_code(self) -> int:
@@ -80,27 +81,42 @@ def write_report(path: str | Path | Run, thresholds: Mapping[str, Any] | None = 
         "training": _spec(training(run)),
     }
     pictures = {name: _png(spec) for name, spec in charts.items()}
-    parts = (run, verdict, findings, components, costs)
-    write_text(folder / "gradient_norms.csv", norms_csv(grad))
+    others = [_drawn(section, charts, pictures) for section in sections(run)]
+    parts = (run, verdict, findings, components, costs, others)
+    texts = {"gradient_norms.csv": norms_csv(grad)}
+    for section in others:
+        texts |= section.files
+    for name, text in texts.items():
+        write_text(folder / name, text)
     for name, picture in pictures.items():
         write_bytes(folder / f"{name}.png", picture)
     write_json(folder / "findings.json", [one.to_dict() for one in findings])
     write_json(folder / "recommendations.json", recommendations(findings))
     write_text(folder / "report.md", markdown_page(*parts))
     write_text(folder / "report.html", html_page(*parts, charts, pictures))
-    files = {name: folder / name for name in _FILES}
-    return Report(run.path, findings, files, verdict, components, costs)
+    names = [*texts, *(f"{name}.png" for name in pictures), *_FILES]
+    files = {name: folder / name for name in names}
+    return Report(run.path, findings, files, verdict, components, costs, others)
 
 
-_FILES = (
-    "gradient_norms.csv",
-    "gradient_flow.png",
-    "training.png",
-    "findings.json",
-    "recommendations.json",
-    "report.md",
-    "report.html",
-)
+_FILES = ("findings.json", "recommendations.json", "report.md", "report.html")
+
+
+def _drawn(
+    section: Section, charts: dict[str, dict[str, Any]], pictures: dict[str, bytes]
+) -> Section:
+    """Draw a section's charts into `charts` and `pictures`; one that fails is said instead."""
+    lines, drawn = [*section.lines], {}
+    for name, chart in section.charts.items():
+        try:
+            spec = _spec(chart)
+            pictures[name] = _png(spec)
+        except Exception as error:
+            lines.append(f"The chart {name} could not be drawn: {type(error).__name__}.")
+            continue
+        charts[name] = spec
+        drawn[name] = chart
+    return replace(section, lines=tuple(lines), charts=drawn)
 
 
 def recommendations(findings: list[Finding]) -> list[dict[str, Any]]:

@@ -1,0 +1,262 @@
+"""One batch's forward, watched from inside; what is compiled is watched in an eager copy of it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from lightning_diag.components import module_names
+from lightning_diag.lightning import LightningModule
+
+__all__ = ["Inside", "Scope", "Watch", "watch_training_step"]
+
+
+@dataclass
+class Scope:
+    """What a context may look at while it is entered.
+
+    Attributes:
+        modules: The modules that run eagerly, by name without wrapper prefixes.
+        shadow: Whether this is the second, eager forward of a compiled part.
+        compiled: Whether the model has compiled parts.
+        live: False while a backward pass runs, in which checkpointing may run modules again: what
+            is seen then has been seen before.
+    """
+
+    modules: dict[str, nn.Module]
+    shadow: bool
+    compiled: bool
+    live: bool = True
+
+
+Inside = Callable[[Scope], AbstractContextManager[object]]
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Watch:
+    """One wish to be inside the next training step.
+
+    Args:
+        inside: Makes the context of one scope.
+        guard: Isolates the code of the diagnostic that asks, as `Diagnostic.guarded` does.
+    """
+
+    def __init__(self, inside: Inside, guard: Guard) -> None:
+        self.inside = inside
+        self.guard = guard
+        self.removed = False
+
+    def remove(self) -> None:
+        """Wish no more."""
+        self.removed = True
+
+
+def watch_training_step(module: LightningModule, inside: Inside, guard: Guard) -> Watch:
+    """Enter a context around the next call of ``module.training_step``, once.
+
+    Args:
+        module: The module that trains.
+        inside: Makes the context of one scope.
+        guard: Isolates the code of the diagnostic that asks.
+    """
+    step = _steps.get(module)
+    if step is None:
+        step = _steps[module] = _WatchedStep(module)
+    watch = Watch(inside, guard)
+    step.watches.append(watch)
+    return watch
+
+
+class _WatchedStep:
+    """Stands in for ``training_step`` until it is called once."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self.watches: list[Watch] = []
+        self._original = module.training_step
+        self._own = vars(module).get("training_step")
+        self._module = module
+        module.training_step = self._run  # type: ignore[method-assign]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self._give_back()
+        watches = [watch for watch in self.watches if not watch.removed]
+        roots = _compiled_roots(self._module)
+        below = {id(part) for root in roots.values() for part in root.modules()}
+        names = module_names(self._module)
+        eager = {name: part for name, part in names.items() if id(part) not in below}
+        scope = Scope(eager, shadow=False, compiled=bool(roots))
+        with ExitStack() as stack:
+            stack.enter_context(_paused_in_backward(self._module, scope))
+            for root in roots.values():
+                shadow = Scope(_inside(root, names), shadow=True, compiled=True)
+                stack.enter_context(_paused_in_backward(self._module, shadow))
+                stack.enter_context(_shadowed(root, shadow, watches))
+            for watch in watches:
+                stack.enter_context(_Isolated(watch, scope))
+            return self._original(*args, **kwargs)
+
+    def _give_back(self) -> None:
+        _steps.pop(self._module, None)
+        if self._own is None:
+            del self._module.training_step
+        else:
+            self._module.training_step = self._own  # type: ignore[method-assign]
+
+
+def _inside(root: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    own = {id(part) for part in root.modules()}
+    return {name: part for name, part in names.items() if id(part) in own}
+
+
+_steps: "WeakKeyDictionary[LightningModule, _WatchedStep]" = WeakKeyDictionary()
+
+
+class _Isolated:
+    """A context whose own exceptions end the diagnostic alone, and which is left in any case."""
+
+    def __init__(self, watch: Watch, scope: Scope) -> None:
+        self._watch = watch
+        self._scope = scope
+        self._entered: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        def enter() -> AbstractContextManager[object]:
+            context = self._watch.inside(self._scope)
+            context.__enter__()
+            return context
+
+        self._entered = self._watch.guard(enter)()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._entered is None:
+            return
+        try:
+            self._entered.__exit__(kind, error, trace)
+        except Exception as own:
+            if own is not error:
+                self._watch.guard(_raise)(own)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+@contextmanager
+def _paused_in_backward(module: LightningModule, scope: Scope) -> Iterator[None]:
+    """Under manual optimization the backward pass runs inside ``training_step``."""
+    if module.automatic_optimization:
+        yield
+        return
+    own, backward = vars(module).get("manual_backward"), module.manual_backward
+
+    def paused(*args: Any, **kwargs: Any) -> None:
+        scope.live = False
+        try:
+            backward(*args, **kwargs)
+        finally:
+            scope.live = True
+
+    module.manual_backward = paused  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.manual_backward
+        else:
+            module.manual_backward = own  # type: ignore[method-assign]
+
+
+def _compiled_roots(model: nn.Module) -> dict[str, nn.Module]:
+    """The outermost compiled modules, by name."""
+    roots: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{root}.") or not root for root in roots)
+        if not inside and (_is_wrapper(module) or _compiled_call(module) is not None):
+            roots[name] = module
+    return roots
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def _compiled_call(module: nn.Module) -> Callable[..., Any] | None:
+    """What ``module.compile()`` put in place of the module's call."""
+    call: Callable[..., Any] | None = getattr(module, "_compiled_call_impl", None)
+    return call
+
+
+@contextmanager
+def _shadowed(root: nn.Module, scope: Scope, watches: list[Watch]) -> Iterator[None]:
+    """Before each call of a compiled module, watch an eager one with the same input."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for watch in watches if scope.live else ():
+            # one forward for each, which is then its own cost and its own risk
+            watch.guard(_watch_shadow)(watch, scope, root, args, kwargs)
+
+    if _is_wrapper(root):
+        handle = root.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    compiled: Any = _compiled_call(root)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before(root, args, kwargs)
+        return compiled(*args, **kwargs)
+
+    _set_compiled_call(root, call)
+    try:
+        yield
+    finally:
+        _set_compiled_call(root, compiled)
+
+
+def _watch_shadow(
+    watch: Watch, scope: Scope, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    call: Any = root._orig_mod if _is_wrapper(root) else root._call_impl
+    devices = {tensor.device.index for tensor in root.parameters() if tensor.is_cuda}
+    with (
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+        _buffers_kept(root),
+        watch.inside(scope),
+    ):
+        call(*args, **kwargs)
+
+
+@contextmanager
+def _buffers_kept(root: nn.Module) -> Iterator[None]:
+    """Put back what a forward changes in buffers, such as running statistics."""
+    kept = [
+        (part, name, buffer, buffer.detach().clone())
+        for part in root.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+    ]
+    try:
+        yield
+    finally:
+        for part, name, buffer, before in kept:
+            part._buffers[name] = buffer
+            # past autograd, which may have saved the buffer: it gets its own values back
+            buffer.data.copy_(before)
+
+
+def _set_compiled_call(module: nn.Module, call: Callable[..., Any]) -> None:
+    # not `setattr`, which a module may have made its own
+    vars(module)["_compiled_call_impl"] = call

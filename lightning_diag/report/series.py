@@ -1,0 +1,184 @@
+"""Lines over training steps, in one or several panels: most charts of a run are just that."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lightning_diag.report.theme import DASHES, WARNING, chart_config
+from lightning_diag.report.thinning import thin
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["Panel", "line_chart", "points_by"]
+
+Chart = Any
+"""An Altair chart; the annotations of Altair itself do not fit one another."""
+
+Points = Sequence[tuple[float, float | None]]
+
+_POINTS = 2000
+_MOST = 10
+_FEW = 60
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a chart.
+
+    Args:
+        label: Title of the vertical axis, with the unit.
+        series: Name to its points ``(step, value)``; None and non-finite values break a line.
+        log: Draw on a logarithmic axis; what is not positive is left out.
+        domain: Ends of the vertical axis, None for those of the data.
+        rules: Horizontal lines to compare with, label to value.
+        height: In pixels.
+    """
+
+    label: str
+    series: Mapping[str, Points]
+    log: bool = False
+    domain: tuple[float, float] | None = None
+    rules: Mapping[str, float] = field(default_factory=dict)
+    height: int = 200
+
+
+def points_by(
+    frame: "pl.DataFrame", value: str, by: str = "component", whole: str = "whole model"
+) -> dict[str, list[tuple[float, float | None]]]:
+    """The points of each component out of a frame of rows, in order of steps.
+
+    Args:
+        frame: What `Run.frame` gave; without the columns there are no points.
+        value: Column of the values.
+        by: Column of the names.
+        whole: Name of the rows that have none.
+    """
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    if not {value, "step"} <= set(frame.columns) or not frame[value].dtype.is_numeric():
+        return found
+    names = frame[by] if by in frame.columns else [None] * len(frame)
+    for step, name, number in zip(frame["step"], names, frame[value], strict=True):
+        if step is not None:
+            found.setdefault(whole if name is None else str(name), []).append((step, number))
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in found.items()}
+
+
+def line_chart(
+    title: str, panels: Iterable[Panel], *, said: Sequence[str] = (), x: str = "optimizer step"
+) -> Chart:
+    """Panels of lines below one another, with one legend each.
+
+    The ten series of a panel with the largest last value are drawn, each with at most 2000 points
+    that keep every peak; what is left out is said below the title.
+
+    Args:
+        title: Title of the chart.
+        panels: What to draw, top to bottom.
+        said: Sentences below the title.
+        x: Title of the horizontal axis.
+    """
+    import altair as alt
+
+    drawn, notes, words = [], list(said), []
+    panels = [panel for panel in panels if _finite(panel)]
+    edges = _edges(panels)
+    for number, panel in enumerate(panels):
+        names = _largest(panel)
+        if len(names) < len(panel.series):
+            notes.append(f"{panel.label}: {len(names)} of {len(panel.series)} are drawn.")
+        drawn.append(_panel(panel, names, edges, x if number == len(panels) - 1 else None))
+        words += [f"{panel.label}: {_described(name, panel.series[name])}" for name in names]
+    if not drawn:
+        return _nothing(title)
+    chart = alt.vconcat(*drawn, spacing=16).resolve_scale(
+        color="independent", strokeDash="independent"
+    )
+    return chart.properties(
+        title=alt.Title(title, subtitle=notes) if notes else alt.Title(title),
+        description=f"{title}, steps {edges[0]:g} to {edges[1]:g}. {'; '.join(words)}.",
+    ).configure(**chart_config())
+
+
+def _usable(panel: Panel, value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and (value > 0 or not panel.log)
+
+
+def _finite(panel: Panel) -> bool:
+    return any(_usable(panel, value) for points in panel.series.values() for _, value in points)
+
+
+def _edges(panels: Sequence[Panel]) -> tuple[float, float]:
+    steps = [step for panel in panels for points in panel.series.values() for step, _ in points]
+    low, high = min(steps, default=0), max(steps, default=1)
+    return (low, high) if low < high else (low - 1, high + 1)
+
+
+def _largest(panel: Panel) -> list[str]:
+    last = {
+        name: next((value for _, value in reversed(points) if _usable(panel, value)), None)
+        for name, points in panel.series.items()
+    }
+    known = [name for name, value in last.items() if value is not None]
+    kept = set(sorted(known, key=lambda name: -(last[name] or 0))[:_MOST])
+    return [name for name in known if name in kept]
+
+
+def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | None) -> Chart:
+    import altair as alt
+
+    rows = [row for name in names for row in _rows(panel, name)]
+    axis = alt.Axis(format=",d", tickMinStep=1, labelOverlap=True, labelFlush=True, tickCount=8)
+    across = alt.X("x:Q", title=x, scale=alt.Scale(domain=list(edges), nice=False), axis=axis)
+    scale = alt.Scale(type="log") if panel.log else alt.Scale(zero=False)
+    if panel.domain is not None:
+        scale = alt.Scale(domain=list(panel.domain), type="log" if panel.log else "linear")
+    up = alt.Y("y:Q", title=panel.label, scale=scale, axis=alt.Axis(format="~g", tickCount=5))
+    legend = None if len(names) == 1 and len(panel.series) == 1 else alt.Legend(title=None)
+    dashes = [list(DASHES[index // 5 % len(DASHES)]) for index in range(len(names))]
+    base = alt.Chart({"values": rows}).encode(
+        x=across,
+        y=up,
+        detail="segment:N",
+        color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend),
+        strokeDash=alt.StrokeDash(
+            "name:N", scale=alt.Scale(domain=names, range=dashes), legend=legend
+        ),
+        tooltip=["name:N", alt.Tooltip("x:Q", title="step"), alt.Tooltip("y:Q", format=".4~g")],
+    )
+    few = len(rows) <= _FEW * max(1, len(names))
+    layers: list[Chart] = [base.mark_line(point=alt.OverlayMarkDef(size=22) if few else False)]
+    for label, value in panel.rules.items():
+        rule = alt.Chart({"values": [{"y": value, "label": label}]}).encode(y="y:Q")
+        layers.append(rule.mark_rule(strokeDash=[4, 3], color=WARNING, opacity=0.7))
+        text = rule.mark_text(align="right", dx=-4, dy=-7, x="width")
+        layers.append(text.encode(text="label:N"))
+    return alt.layer(*layers).properties(width=820, height=panel.height)
+
+
+def _rows(panel: Panel, name: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    segment = 0
+    for step, value in panel.series[name]:
+        if value is None or not _usable(panel, value):
+            segment += 1
+            continue
+        short = float(f"{value:.6g}")
+        rows.append({"x": step, "y": short, "name": name, "segment": f"{name} {segment}"})
+    return [rows[index] for index in thin([row["y"] for row in rows], _POINTS)]
+
+
+def _described(name: str, points: Points) -> str:
+    values = [value for _, value in points if value is not None and math.isfinite(value)]
+    return f"{name} goes from {values[0]:.4g} to {values[-1]:.4g}"
+
+
+def _nothing(title: str) -> Chart:
+    import altair as alt
+
+    chart = alt.Chart({"values": [{"message": "Nothing was measured."}]})
+    text = chart.mark_text(fontSize=14).encode(text="message:N")
+    return text.properties(
+        width=820, height=80, title=title, description=f"{title}: nothing was measured."
+    ).configure(**chart_config())
