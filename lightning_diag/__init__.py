@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_diag.callbacks.gradient_health import GradientHealth as GradientHealth
+    from lightning_diag.callbacks.health_alerts import HealthAlerts as HealthAlerts
     from lightning_diag.components import Components as Components
     from lightning_diag.components import param_groups as param_groups
     from lightning_diag.records import RunLogger as RunLogger
@@ -16,13 +17,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "Components": "lightning_diag.components",
     "GradientHealth": "lightning_diag.callbacks.gradient_health",
+    "HealthAlerts": "lightning_diag.callbacks.health_alerts",
     "RunLogger": "lightning_diag.records",
     "diagnose": "lightning_diag.rules",
     "param_groups": "lightning_diag.components",
     "read_run": "lightning_diag.records",
 }
 
-__all__ = ["Components", "GradientHealth", "RunLogger", "diagnose", "param_groups", "read_run"]
+__all__ = [
+    "Components",
+    "GradientHealth",
+    "HealthAlerts",
+    "RunLogger",
+    "diagnose",
+    "param_groups",
+    "read_run",
+]
 
 
 def __getattr__(name: str) -> object:

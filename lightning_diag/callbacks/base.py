@@ -75,6 +75,15 @@ class Diagnostic(Callback):
         on_error: ``"warn"`` ends the diagnostic with a warning, ``"raise"`` lets the exception out.
         overhead_budget: Share of training time that ``"auto"`` may spend.
 
+    Attributes:
+        prefix: File of its rows, and beginning of its keys in loggers.
+        logged: Keys of its rows that are scalars for the loggers.
+        collective_hooks: Hooks that call `gather`: a rank whose diagnostic has ended still runs
+            them until it has told the others.
+        gathers_replicas: Whether it calls `gather` where ranks hold the same parameters too, and
+            not only where they hold shards.
+        paced_by_steps: Whether `every_n_steps` may not be None.
+
     Raises:
         TypeError: If `components` is of the wrong kind.
         ValueError: If another argument is out of range.
@@ -83,6 +92,7 @@ class Diagnostic(Callback):
     prefix: ClassVar[str]
     logged: ClassVar[frozenset[str]] = frozenset()
     collective_hooks: ClassVar[frozenset[str]] = frozenset()
+    gathers_replicas: ClassVar[bool] = False
     paced_by_steps: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -111,6 +121,7 @@ class Diagnostic(Callback):
         self._ended = False
         self._error: Exception | None = None
         self._sharded = False
+        self._gathers = False
         self._owes_collective = False
         self._assignment: Assignment | None = None
         self._callback_metrics: dict[str, Tensor] = {}
@@ -153,6 +164,15 @@ class Diagnostic(Callback):
         batches.
         """
         return self._is_turn(_BATCH, self.step_of(trainer))
+
+    def is_due_after(self, trainer: Trainer) -> bool:
+        """Whether the optimizer step that has just been made is one to measure.
+
+        To be asked exactly once in every `on_train_batch_end`. Under manual optimization n counts
+        batches.
+        """
+        automatic = trainer.lightning_module.automatic_optimization
+        return self._is_turn(_BATCH, self.step_of(trainer) - automatic)
 
     def watch_forward(self, pl_module: LightningModule, inside: Inside) -> None:
         """Be inside a context while this batch's ``training_step`` runs; once, and then no more.
@@ -206,12 +226,16 @@ class Diagnostic(Callback):
                 hook, when the copy has arrived.
             began: What `device_began` gave.
         """
-        self._measured += 1
-        self._clock.measuring = True
+        self.measured()
         if began is not None and values.is_cuda:
             self._pending.append(Read(values, then, began))
         else:
             then(values if values.device.type == "cpu" else values.cpu())
+
+    def measured(self) -> None:
+        """This step was measured; said by `read`, or by a diagnostic that needs no read."""
+        self._measured += 1
+        self._clock.measuring = True
 
     def collect(self, *, wait: bool) -> None:
         """Hand over the reads that have arrived; with `wait`, all that were started."""
@@ -324,6 +348,7 @@ class Diagnostic(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
         self._sharded = bool(kinds & _SHARDING) and trainer.world_size > 1
+        self._gathers = self._sharded or (self.gathers_replicas and trainer.world_size > 1)
         self._ended, self._error, self._owes_collective = False, None, False
         self._assignment = None
         self._broken_loggers.clear()
@@ -358,7 +383,7 @@ class Diagnostic(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._pending:
-            ranks_choose = self._sharded and self.every_n_steps == "auto"
+            ranks_choose = self._gathers and self.every_n_steps == "auto"
             self.collect(wait=ranks_choose or trainer.is_last_batch)
         if self._clock.stop(self._seconds):
             self._choose_interval()
@@ -459,7 +484,7 @@ class Diagnostic(Callback):
         if self._ended:
             return
         self._ended, self._error = True, error
-        self._owes_collective = self._sharded and bool(self.collective_hooks)
+        self._owes_collective = self._gathers and bool(self.collective_hooks)
         self._pending.clear()
         self.release()
         if self.on_error == "raise":

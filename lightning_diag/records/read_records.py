@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["read_records"]
+__all__ = ["parse_records", "read_records"]
 
 _START = b'{"step":'
 
@@ -24,12 +24,17 @@ def read_records(path: Path) -> "tuple[pl.DataFrame, Callable[[], pl.Series], in
         The rows, with step, epoch, time, attempt and component first; a function that gives the
         byte at which each row begins; and the number of lines that could not be read.
     """
-    import polars as pl
-
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         data = b""
+    return parse_records(data)
+
+
+def parse_records(data: bytes) -> "tuple[pl.DataFrame, Callable[[], pl.Series], int]":
+    """The same of what such a file holds."""
+    import polars as pl
+
     if not data.strip():
         return _shaped(pl.DataFrame()), functools.partial(pl.Series, [], dtype=pl.Int64), 0
     try:

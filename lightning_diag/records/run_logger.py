@@ -4,7 +4,7 @@ import sys
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from json import JSONEncoder
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,9 @@ __all__ = ["RunLogger"]
 _COLUMNS = frozenset({"step", "epoch", "time", "attempt"})
 _ENDINGS = {"success": "finished"}
 _encode = JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+Listener = Callable[[str, str], None]
+"""Is told each row as it is written: its file's name, and its line of JSON."""
 
 
 class RunLogger(Logger):
@@ -56,6 +59,7 @@ class RunLogger(Logger):
         self._open = False
         self._begun = False
         self._last_step = 0
+        self._listeners: list[Listener] = []
 
     @property
     def name(self) -> str:
@@ -184,6 +188,15 @@ class RunLogger(Logger):
         }
         self._append("notes", _line(row, step=step, epoch=None, attempt=attempt["attempt"]))
 
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Tell `listener` every row from now on, on the process that writes.
+
+        Returns:
+            A function that ends it.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener) if listener in self._listeners else None
+
     def positions(self) -> dict[str, int]:
         """Where the record files end now, for a checkpoint to keep and `begin` to receive.
 
@@ -259,6 +272,8 @@ class RunLogger(Logger):
         self._files.save_info({}, attempt)
 
     def _append(self, prefix: str, line: str) -> None:
+        for listener in self._listeners:
+            listener(prefix, line)
         if not self._files.append(prefix, line) or not self._files.lost:
             return
         lost, self._files.lost = self._files.lost, Counter()

@@ -10,13 +10,14 @@ from lightning_diag.rules.finding import Finding
 from lightning_diag.rules.registry import RULES, Rule, resolve_thresholds
 
 if TYPE_CHECKING:
+    from lightning_diag.records.live_rows import LiveRows
     from lightning_diag.records.read_run import Run
 
 __all__ = ["diagnose", "order_findings"]
 
 
 def diagnose(
-    run: "str | Path | Run",
+    run: "str | Path | Run | LiveRows",
     thresholds: Mapping[str, Any] | None = None,
     *,
     on_error: Literal["report", "raise"] = "report",
@@ -24,7 +25,7 @@ def diagnose(
     """Run every rule on a run, and return what they found, most severe and most causal first.
 
     Args:
-        run: The folder of a run, or what `read_run` made of it.
+        run: The folder of a run, what `read_run` made of it, or the latest rows of a live one.
         thresholds: ``{rule id: {threshold: number}}`` in place of the defaults.
         on_error: What to do if a rule fails: ``"report"`` turns it into a finding of severity
             ``info`` that names the rule, ``"raise"`` lets the error through.
@@ -47,7 +48,7 @@ def diagnose(
     return order_findings([_with_remedy(one, run.config) for one in explained])
 
 
-def _check(one: Rule, run: "Run", thresholds: object, on_error: str) -> list[Finding]:
+def _check(one: Rule, run: "Run | LiveRows", thresholds: object, on_error: str) -> list[Finding]:
     try:
         return one.check(run.frame(one.needs), thresholds)
     except Exception as error:
