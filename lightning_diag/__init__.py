@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_diag.records import RunLogger as RunLogger
     from lightning_diag.records import read_run as read_run
     from lightning_diag.rules import diagnose as diagnose
+    from lightning_diag.suites import suite as suite
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "diagnose": "lightning_diag.rules",
     "param_groups": "lightning_diag.components",
     "read_run": "lightning_diag.records",
+    "suite": "lightning_diag.suites",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "diagnose",
     "param_groups",
     "read_run",
+    "suite",
 ]
 
 

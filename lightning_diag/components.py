@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn import Parameter
 
-__all__ = ["Assignment", "Components", "module_names", "param_groups", "parameter_names"]
+__all__ = ["Assignment", "Components", "matches", "module_names", "param_groups", "parameter_names"]
 
 OTHER = "other"
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -129,6 +129,24 @@ def module_names(model: nn.Module) -> dict[str, nn.Module]:
     clean = _clean_prefixes(model)
     # a wrapper comes before what it wraps, under the same name; the last of them is the module
     return {clean[name]: module for name, module in model.named_modules()}
+
+
+def matches(name: str, glob: str) -> bool:
+    """Whether a glob takes a dotted name: the name itself, or a module in front of it.
+
+    Args:
+        name: Dotted name of a parameter or module.
+        glob: A pattern as in file names.
+
+    Example:
+        >>> matches("net.encoder.0.weight", "net.encoder"), matches("net.head", "encoder")
+        (True, False)
+    """
+    if fnmatchcase(name, glob):
+        return True
+    return any(
+        fnmatchcase(name[:index], glob) for index, letter in enumerate(name) if letter == "."
+    )
 
 
 def param_groups(
@@ -320,7 +338,7 @@ def _by_patterns(
     notes = []
     for component, globs in patterns.items():
         for glob in globs:
-            matched = [name for name, _ in names if _matches(name, glob)]
+            matched = [name for name, _ in names if matches(name, glob)]
             for name in matched:
                 if component not in hits[name]:
                     hits[name].append(component)
@@ -348,14 +366,6 @@ def _by_patterns(
                 notes.append(_tied_note(name, own, component))
     notes += [_overlap_note(rivals, members) for rivals, members in overlaps.items()]
     return Assignment(parameters, _modules_of(model, parameters), notes)
-
-
-def _matches(name: str, glob: str) -> bool:
-    if fnmatchcase(name, glob):
-        return True
-    return any(
-        fnmatchcase(name[:index], glob) for index, letter in enumerate(name) if letter == "."
-    )
 
 
 def _overlap_note(rivals: tuple[str, ...], names: list[str]) -> str:

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "functional": set(),
     "records": {"lightning", "spelling"},
     "callbacks": {"lightning", "components", "functional", "records", "spelling"},
+    "suites": {"callbacks", "components"},
     "rules": {"records", "spelling"},
     "report": {"records", "rules", "spelling"},
     "monitor": {"records", "rules", "report", "spelling"},

@@ -123,6 +123,7 @@ class Diagnostic(Callback):
         self._sharded = False
         self._gathers = False
         self._owes_collective = False
+        self._told = False
         self._assignment: Assignment | None = None
         self._callback_metrics: dict[str, Tensor] = {}
         self._broken_loggers: set[int] = set()
@@ -179,7 +180,8 @@ class Diagnostic(Callback):
 
         Compiled parts of the model are not touched: each is run a second time, eagerly, without
         gradients, with its random numbers and buffers put back, and the context is entered around
-        that instead.
+        that instead. Where parameters are sharded over ranks, compiled parts are not seen: a second
+        forward would gather them, and a rank that has ended would not.
 
         Args:
             pl_module: The module that trains.
@@ -187,7 +189,9 @@ class Diagnostic(Callback):
                 is entered and removes them when it is left. Called once for all that is eager, and
                 once for each compiled part.
         """
-        self._watch = watch_training_step(pl_module, inside, self.guarded)
+        self._watch = watch_training_step(
+            pl_module, inside, self.guarded, shadows=not self._sharded
+        )
 
     def guarded(self, function: Callable[_P, _T]) -> Callable[_P, _T | None]:
         """`function` for a hook of PyTorch: timed, and its exception ends the diagnostic alone."""
@@ -306,6 +310,7 @@ class Diagnostic(Callback):
         _all_gather(everything, mine)
         self._owes_collective = False
         if failure is not None:
+            self._told = True
             raise failure
         return everything.view(ranks, size + 3)
 
@@ -320,6 +325,8 @@ class Diagnostic(Callback):
         """
         well = marks[::3]
         if not all(well):
+            # every rank reads this and ends: nobody will wait for this one
+            self._told = True
             raise RuntimeError(f"it failed on rank {list(well).index(0)}")
         self._clock.agree(max(marks[1::3]), max(marks[2::3]))
 
@@ -350,6 +357,7 @@ class Diagnostic(Callback):
         self._sharded = bool(kinds & _SHARDING) and trainer.world_size > 1
         self._gathers = self._sharded or (self.gathers_replicas and trainer.world_size > 1)
         self._ended, self._error, self._owes_collective = False, None, False
+        self._told = False
         self._assignment = None
         self._broken_loggers.clear()
         self._pending.clear()
@@ -484,7 +492,7 @@ class Diagnostic(Callback):
         if self._ended:
             return
         self._ended, self._error = True, error
-        self._owes_collective = self._gathers and bool(self.collective_hooks)
+        self._owes_collective = self._gathers and bool(self.collective_hooks) and not self._told
         self._pending.clear()
         self.release()
         if self.on_error == "raise":

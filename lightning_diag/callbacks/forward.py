@@ -1,6 +1,6 @@
 """One batch's forward, watched from inside; what is compiled is watched in an eager copy of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -21,9 +21,13 @@ class Scope:
     """What a context may look at while it is entered.
 
     Attributes:
-        modules: The modules that run eagerly, by name without wrapper prefixes.
+        modules: The modules that run eagerly, by name without wrapper prefixes; without those that
+            a hook would make compute in another way (`fast_path`).
         shadow: Whether this is the second, eager forward of a compiled part.
         compiled: Whether the model has compiled parts.
+        fast_path: Whether the model has attention or encoder layers of PyTorch in evaluation mode.
+            They compute in a fused way, which a hook inside or a function mode around them
+            switches off: the last bits of the result would change.
         live: False while a backward pass runs, in which checkpointing may run modules again: what
             is seen then has been seen before.
     """
@@ -31,6 +35,7 @@ class Scope:
     modules: dict[str, nn.Module]
     shadow: bool
     compiled: bool
+    fast_path: bool = False
     live: bool = True
 
 
@@ -44,10 +49,12 @@ class Watch:
     Args:
         inside: Makes the context of one scope.
         guard: Isolates the code of the diagnostic that asks, as `Diagnostic.guarded` does.
+        shadows: Whether compiled parts may be run a second time.
     """
 
-    def __init__(self, inside: Inside, guard: Guard) -> None:
+    def __init__(self, inside: Inside, guard: Guard, shadows: bool) -> None:
         self.inside = inside
+        self.shadows = shadows
         self.guard = guard
         self.removed = False
 
@@ -56,18 +63,21 @@ class Watch:
         self.removed = True
 
 
-def watch_training_step(module: LightningModule, inside: Inside, guard: Guard) -> Watch:
+def watch_training_step(
+    module: LightningModule, inside: Inside, guard: Guard, *, shadows: bool = True
+) -> Watch:
     """Enter a context around the next call of ``module.training_step``, once.
 
     Args:
         module: The module that trains.
         inside: Makes the context of one scope.
         guard: Isolates the code of the diagnostic that asks.
+        shadows: Whether compiled parts may be run a second time.
     """
     step = _steps.get(module)
     if step is None:
         step = _steps[module] = _WatchedStep(module)
-    watch = Watch(inside, guard)
+    watch = Watch(inside, guard, shadows)
     step.watches.append(watch)
     return watch
 
@@ -88,12 +98,14 @@ class _WatchedStep:
         roots = _compiled_roots(self._module)
         below = {id(part) for root in roots.values() for part in root.modules()}
         names = module_names(self._module)
-        eager = {name: part for name, part in names.items() if id(part) not in below}
-        scope = Scope(eager, shadow=False, compiled=bool(roots))
+        fast = _fast_path(self._module)
+        eager = {name: part for name, part in names.items() if id(part) not in below | fast}
+        scope = Scope(eager, shadow=False, compiled=bool(roots), fast_path=bool(fast))
         with ExitStack() as stack:
             stack.enter_context(_paused_in_backward(self._module, scope))
             for root in roots.values():
-                shadow = Scope(_inside(root, names), shadow=True, compiled=True)
+                inside = {name: part for name, part in names.items() if part in set(root.modules())}
+                shadow = Scope(inside, shadow=True, compiled=True)
                 stack.enter_context(_paused_in_backward(self._module, shadow))
                 stack.enter_context(_shadowed(root, shadow, watches))
             for watch in watches:
@@ -108,9 +120,11 @@ class _WatchedStep:
             self._module.training_step = self._own  # type: ignore[method-assign]
 
 
-def _inside(root: nn.Module, names: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    own = {id(part) for part in root.modules()}
-    return {name: part for name, part in names.items() if id(part) in own}
+def _fast_path(model: nn.Module) -> set[int]:
+    """The ids of PyTorch's fused layers in evaluation mode, and of what is inside them."""
+    kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+    found = [part for part in model.modules() if isinstance(part, kinds) and not part.training]
+    return {id(below) for part in found for below in part.modules()}
 
 
 _steps: "WeakKeyDictionary[LightningModule, _WatchedStep]" = WeakKeyDictionary()
@@ -202,6 +216,8 @@ def _shadowed(root: nn.Module, scope: Scope, watches: list[Watch]) -> Iterator[N
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for watch in watches if scope.live else ():
+            if not watch.shadows:
+                continue
             # one forward for each, which is then its own cost and its own risk
             watch.guard(_watch_shadow)(watch, scope, root, args, kwargs)
 

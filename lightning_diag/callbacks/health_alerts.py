@@ -75,7 +75,7 @@ class HealthAlerts(Diagnostic):
         every_n_steps: Interval = 50,
         severity: Severity = "warning",
         clear_after: int = 3,
-        history_rows: int = 2000,
+        history_rows: int = 1000,
         thresholds: Mapping[str, Any] | None = None,
         console: bool = True,
         loggers: bool = True,

@@ -1,10 +1,12 @@
 """Rows cut into one trace per component, and the few measures that rules take of a trace."""
 
+import functools
 import math
+import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,6 +30,20 @@ _WHOLE = ("clip_value", "clip_coefficient", "clipped", "scale", "skipped", "skip
 _WORDS = ("component", "first_missing", "first_nonfinite", "dominant", "clip_algorithm")
 
 GRAD_FILE = "records/grad.jsonl"
+_T = TypeVar("_T")
+
+
+def _once_a_frame(function: "Callable[[pl.DataFrame], _T]") -> "Callable[[pl.DataFrame], _T]":
+    """Keep the last result, since one rule after the other asks the same of the same frame."""
+    last: list[tuple[weakref.ref[pl.DataFrame], _T]] = []
+
+    @functools.wraps(function)
+    def remembered(frame: "pl.DataFrame") -> _T:
+        if not last or last[0][0]() is not frame:
+            last[:] = [(weakref.ref(frame, lambda _: last.clear()), function(frame))]
+        return last[0][1]
+
+    return remembered
 
 
 class Trace(NamedTuple):
@@ -39,20 +55,20 @@ class Trace(NamedTuple):
     @property
     def steps(self) -> list[int]:
         """The steps that were measured."""
-        return [int(step) for step in self.rows["step"]]
+        found: list[int] = self.rows["step"].to_list()
+        return found
 
     def numbers(self, name: str) -> list[float]:
         """A column as numbers, with NaN where nothing was measured."""
-        import polars as pl
-
-        found: list[float] = self.rows[name].cast(pl.Float64).fill_null(math.nan).to_list()
-        return found
+        column = self.rows[name].to_list()
+        return [math.nan if value is None else float(value) for value in column]
 
     def words(self, name: str) -> list[str | None]:
         """A column as text, with None where there is none."""
         return [None if one is None else str(one) for one in self.rows[name]]
 
 
+@_once_a_frame
 def _complete(grad: "pl.DataFrame") -> "pl.DataFrame":
     import polars as pl
 
@@ -67,6 +83,7 @@ def _complete(grad: "pl.DataFrame") -> "pl.DataFrame":
     return frame.with_columns(pl.col(name).fill_nan(None) for name in (*_NUMBERS, *_WHOLE))
 
 
+@_once_a_frame
 def without_skipped(grad: "pl.DataFrame") -> "pl.DataFrame":
     """The rows of the steps that the gradient scaler let through."""
     import polars as pl
@@ -77,6 +94,7 @@ def without_skipped(grad: "pl.DataFrame") -> "pl.DataFrame":
     return frame.join(skipped, on=keys, how="anti", nulls_equal=True, maintain_order="left")
 
 
+@_once_a_frame
 def component_traces(grad: "pl.DataFrame") -> list[Trace]:
     """One trace per component, in order of appearance.
 
@@ -98,6 +116,7 @@ def component_traces(grad: "pl.DataFrame") -> list[Trace]:
     return [Trace(str(part["component"][0]), part.sort("step")) for part in parts]
 
 
+@_once_a_frame
 def whole_traces(grad: "pl.DataFrame") -> list[Trace]:
     """The rows of the whole model, one trace per optimizer."""
     import polars as pl

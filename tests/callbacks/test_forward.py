@@ -194,3 +194,35 @@ def test_module_names_are_clean_and_name_the_module_itself():
     names = module_names(nn.ModuleDict({"net": torch.compile(net)}))
     assert list(names) == ["", "net", *NAMES]
     assert names["net"] is net
+
+
+class Frozen(LightningModule):
+    """A frozen transformer layer in evaluation mode computes in PyTorch's fused way."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.backbone.requires_grad_(False)
+        self.head = nn.Linear(8, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.backbone.eval()
+        x = batch[0].repeat(1, 3)[:, :8].view(4, 1, 8).expand(4, 5, 8).contiguous()
+        return self.head(self.backbone(x)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), 0.1)
+
+
+def test_fused_layers_are_left_alone(data, tmp_path):
+    weights = []
+    for name, callbacks in {"a": [], "b": [Outputs()]}.items():
+        module = Frozen()
+        fit(module, callbacks, data, tmp_path / name)
+        weights.append(module.head.weight)
+    assert torch.equal(*weights)
+    (watch,) = callbacks
+    assert {name for _, name, _ in watch.seen} == {"head"}
+    # the layer is not in evaluation mode before its first step
+    assert [scope.fast_path for scope in watch.scopes] == [True] * 3

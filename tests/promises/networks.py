@@ -19,6 +19,7 @@ class Net(nn.Module):
     def __init__(self, *, sparse: bool = False, tied: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, WIDTH, sparse=sparse)
+        self.attend = nn.MultiheadAttention(WIDTH, 2, dropout=0.1, batch_first=True)
         self.body = nn.Sequential(
             nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0.3), nn.Linear(2 * WIDTH, WIDTH)
         )
@@ -29,7 +30,8 @@ class Net(nn.Module):
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens).mean(1)
+        words = self.embed(tokens)
+        hidden = (words + self.attend(words, words, words, need_weights=False)[0]).mean(1)
         return self.head(self.norm(hidden + self.body(hidden)))
 
 
@@ -109,7 +111,8 @@ class TwoOptimizers(Classifier):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         head = list(self.net.head.parameters())
-        rest = [*self.net.embed.parameters(), *self.net.body.parameters()]
+        parts = (self.net.embed, self.net.attend, self.net.body)
+        rest = [parameter for part in parts for parameter in part.parameters()]
         return [torch.optim.AdamW(rest, lr=0.01), torch.optim.SGD(head, lr=0.1, momentum=0.9)]
 
 

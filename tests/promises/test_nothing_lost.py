@@ -51,7 +51,7 @@ def whole(tmp_path_factory):
 def test_an_uninterrupted_run_has_every_row(whole):
     found = rows(whole)
     parts = {row["component"] for row in found}
-    assert len(parts) == 6
+    assert len(parts) == 7
     expected = [(step, part) for step in range(STEPS) for part in parts]
     assert sorted(map(str, ((row["step"], row["component"]) for row in found))) == sorted(
         map(str, expected)
@@ -60,7 +60,7 @@ def test_an_uninterrupted_run_has_every_row(whole):
 
 @pytest.mark.parametrize("number", range(3))
 def test_killed_twice_and_resumed(number, whole, tmp_path):
-    # six rows a step and seven steps a checkpoint: before the first one, and after the second
+    # seven rows a step and seven steps a checkpoint: before the first one, and after the second
     draw = random.Random(number)
     reference = [filled(row) for row in rows(whole)]
     for time_killed, resume in enumerate((False, True), start=1):
