@@ -172,8 +172,9 @@ class Diagnostic(Callback):
         To be asked exactly once in every `on_train_batch_end`. Under manual optimization n counts
         batches.
         """
-        automatic = trainer.lightning_module.automatic_optimization
-        return self._is_turn(_BATCH, self.step_of(trainer) - automatic)
+        done = self.step_of(trainer) - trainer.lightning_module.automatic_optimization
+        # none has been made yet while the first gathers its micro-batches
+        return done >= 0 and self._is_turn(_BATCH, done)
 
     def watch_forward(self, pl_module: LightningModule, inside: Inside) -> None:
         """Be inside a context while this batch's ``training_step`` runs; once, and then no more.

@@ -2,18 +2,29 @@
 
 from functools import partial
 
-from lightning_diag import GradientHealth
+from lightning_diag import GradientHealth, HealthAlerts
 from lightning_diag.callbacks.base import Diagnostic
 
 DIAGNOSTICS = {
     "gradient_health": partial(GradientHealth, zeros_every=2, per_parameter=True, histogram=True),
     "gradient_health_parts": partial(GradientHealth, {"first": "*embed*", "norms": "*norm*"}),
+    "health_alerts": partial(HealthAlerts, console=False),
 }
 CASES = [*DIAGNOSTICS, "all"]
 CLASSES = {type(make()): name for name, make in reversed(DIAGNOSTICS.items())}
+
+# batches, counted from 0, at which some measure besides those that are due
+ALSO: dict[str, set[int]] = {}
+# those that measure by the epoch, whatever `every_n_steps` is
+BY_EPOCH: set[str] = set()
 
 
 def build(case: str, **arguments: object) -> list[Diagnostic]:
     """New diagnostics of one case: every second step is measured, and an error is an error."""
     arguments = {"every_n_steps": 2, "on_error": "raise", **arguments}
     return [DIAGNOSTICS[name](**arguments) for name in DIAGNOSTICS if case in (name, "all")]
+
+
+def kinds(case: str) -> list[str]:
+    """The class names of a case's diagnostics."""
+    return [type(diagnostic).__name__ for diagnostic in build(case)]

@@ -28,6 +28,8 @@ _FUNCTIONS = {
     *("item", "tolist", "numpy", "cpu", "__array__", "__format__", "__repr__"),
     *("__bool__", "__float__", "__int__", "__index__", "__complex__"),
 }
+# functions of ours that call what the user would have called
+_PASSAGES = {"_run", "__torch_function__", "__torch_dispatch__"}
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_post_accumulate_grad_hooks", "_state_dict_hooks"),
@@ -42,11 +44,15 @@ class Step:
         reads: How often values were asked for, by the place in the code that asked.
         own_operations: Names of the tensor operations that diagnostics caused.
         own_reads: The reads that diagnostics caused.
+        measured: How often each class of diagnostic said that it measured.
+        hooks: What hung on modules, parameters and interpreter between forward and backward.
     """
 
     reads: Counter[str] = field(default_factory=Counter)
     own_operations: list[str] = field(default_factory=list)
     own_reads: list[str] = field(default_factory=list)
+    measured: Counter[str] = field(default_factory=Counter)
+    hooks: list[dict[str, object]] = field(default_factory=list)
 
 
 class Watch:
@@ -116,12 +122,10 @@ class WatchSteps(Callback):
 
     Attributes:
         steps: One entry for each batch.
-        hooks: What hangs on modules, parameters and interpreter while each batch is computed.
     """
 
     def __init__(self) -> None:
         self.steps: list[Step] = []
-        self.hooks: list[dict[str, object]] = []
         self._watch: Watch | None = None
 
     def on_train_batch_start(
@@ -133,7 +137,11 @@ class WatchSteps(Callback):
 
     def on_before_zero_grad(self, trainer: Trainer, module: LightningModule, _: Any) -> None:
         # forward is over, backward comes: whatever watches the step hangs there now
-        self.hooks.append(census(module))
+        self.steps[-1].hooks.append(census(module))
+
+    def saw_measuring(self, kind: str) -> None:
+        """A diagnostic of this class says that it measures."""
+        self.steps[-1].measured[kind] += 1
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._close()
@@ -173,13 +181,19 @@ def _moves(args: Any, kwargs: Any) -> bool:
 
 def _origin() -> tuple[str, bool, bool]:
     """The innermost place outside torch and this file, and whether we or an optimizer ask."""
-    place, own, optimizer = "", False, False
+    place, own, optimizer, passed = "", False, False, False
     frame = sys._getframe(2)
     while frame is not None:
-        file = frame.f_code.co_filename
-        own = own or file.startswith(_PACKAGE)
-        optimizer = optimizer or (not own and file.startswith(_OPTIMIZERS))
-        if not place and "/torch/" not in file and file != __file__:
-            place = f"{Path(file).name}:{frame.f_lineno}"
+        code = frame.f_code
+        ours = code.co_filename.startswith(_PACKAGE)
+        if ours and code.co_name in _PASSAGES:
+            # we stand around the user's own code there
+            passed = True
+        elif not passed:
+            own = own or ours
+        optimizer = optimizer or (not own and code.co_filename.startswith(_OPTIMIZERS))
+        inside = "/torch/" in code.co_filename or code.co_filename == __file__
+        if not place and not inside and not (ours and code.co_name in _PASSAGES):
+            place = f"{Path(code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
     return place, own, optimizer

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_diag import RunLogger
+from lightning_diag.callbacks.base import Diagnostic
 from lightning_diag.lightning import Callback, Trainer
-from tests.promises.cases import CASES, DIAGNOSTICS, build
+from tests.promises.cases import ALSO, BY_EPOCH, CASES, DIAGNOSTICS, build, kinds
 from tests.promises.modes import MODES
 from tests.promises.networks import Classifier, batches
 from tests.promises.reads import Watch, WatchSteps, census
@@ -59,7 +60,15 @@ def test_watch_sees_no_read_in(other):
 def watched(mode, folder, diagnostics, **options):
     watch = WatchSteps()
     options = {"logger": RunLogger(folder), "log_every_n_steps": 4, **options}
-    train(mode, folder, [watch, *diagnostics], **options)
+    with pytest.MonkeyPatch.context() as patch:
+        measured = Diagnostic.measured
+
+        def heard(self):
+            watch.saw_measuring(type(self).__name__)
+            measured(self)
+
+        patch.setattr(Diagnostic, "measured", heard)
+        train(mode, folder, [watch, *diagnostics], **options)
     return watch
 
 
@@ -75,40 +84,52 @@ def side_by_side(tmp_path_factory):
     return lambda mode, case: (watch(mode, None), watch(mode, case))
 
 
-def measured_batches(mode, batches_in_epoch=6, epochs=2):
-    """How many optimizer steps each batch makes that are to be measured."""
+IN_EPOCH, EPOCHS = 6, 2
+
+
+def due_batches(mode, kind):
+    """The batches, from 0, in which a diagnostic may measure.
+
+    Those in which a due step begins or is made, and what `cases` says of it.
+    """
     window = MODES[mode].trainer().get("accumulate_grad_batches", 1)
-    optimizers = 2 if mode == "two_optimizers" else 1
-    step, found = 0, []
-    for batch in list(range(1, batches_in_epoch + 1)) * epochs:
-        steps = batch % window == 0 or batch == batches_in_epoch
-        step += steps
-        found.append(optimizers if steps and step % EVERY == 0 else 0)
-    return found
+    last = [epoch * IN_EPOCH + IN_EPOCH - 1 for epoch in range(EPOCHS)]
+    if kind in BY_EPOCH:
+        return set(last)
+    steps, begun = [], 0
+    for batch in range(IN_EPOCH * EPOCHS):
+        if (batch % IN_EPOCH + 1) % window == 0 or batch in last:
+            steps.append((begun, batch))
+            begun = batch + 1
+    due = {batch for step in steps[EVERY - 1 :: EVERY] for batch in step}
+    return due | ALSO.get(kind, set())
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", WATCHED)
 def test_reads(mode, case, side_by_side):
     without, watch = side_by_side(mode, case)
-    due = measured_batches(mode)
-    assert len(watch.steps) == len(without.steps) == len(due)
-    assert any(due)
-    for number, (step, before, times) in enumerate(
-        zip(watch.steps, without.steps, due, strict=True)
-    ):
+    assert len(watch.steps) == len(without.steps) == IN_EPOCH * EPOCHS
+    for kind in kinds(case):
+        found = {number for number, step in enumerate(watch.steps) if step.measured[kind]}
+        assert found, kind
+        assert found <= due_batches(mode, kind), kind
+    for number, (step, before) in enumerate(zip(watch.steps, without.steps, strict=True)):
         more = step.reads - before.reads
-        assert sum(more.values()) <= times * len(build(case)), (number, more)
-        assert bool(step.own_reads) == bool(times), (number, step.own_reads)
+        assert sum(more.values()) <= step.measured.total(), (number, more)
+        assert bool(step.own_reads) <= bool(step.measured), (number, step.own_reads)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", WATCHED)
 def test_ordinary_steps_cost_no_operation_and_no_hook(mode, case, side_by_side):
     without, watch = side_by_side(mode, case)
-    for number, (step, times) in enumerate(zip(watch.steps, measured_batches(mode), strict=True)):
-        assert bool(step.own_operations) == bool(times), (number, step.own_operations)
-    assert watch.hooks == without.hooks
+    due = {batch for kind in kinds(case) for batch in due_batches(mode, kind)}
+    ordinary = [number for number in range(len(watch.steps)) if number not in due]
+    assert ordinary or case == "all"
+    for number in ordinary:
+        assert not watch.steps[number].own_operations, number
+        assert watch.steps[number].hooks == without.steps[number].hooks, number
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,10 +139,8 @@ def test_progress_bar_metrics_are_not_read(case, tmp_path, monkeypatch):
     without = watched("prog_bar", tmp_path / "without", [])
     watch = watched("prog_bar", tmp_path / "with", build(case, every_n_steps=EVERY))
     assert any(sum(step.reads.values()) for step in without.steps)
-    for step, before, times in zip(
-        watch.steps, without.steps, measured_batches("plain"), strict=True
-    ):
-        assert sum((step.reads - before.reads).values()) <= times * len(build(case))
+    for step, before in zip(watch.steps, without.steps, strict=True):
+        assert sum((step.reads - before.reads).values()) <= step.measured.total()
 
 
 @pytest.mark.parametrize("fails", [False, True])
