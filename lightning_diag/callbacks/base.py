@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.clock import Clock, Read
 from lightning_diag.callbacks.forward import Inside, Watch, watch_training_step
+from lightning_diag.callbacks.pace import Interval, Pace, check_interval
 from lightning_diag.callbacks.run import add_run_logger, run_logger
 from lightning_diag.components import Assignment, Components, Patterns
 from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
@@ -22,13 +23,11 @@ from lightning_diag.records import RunLogger
 
 __all__ = ["Diagnostic", "Interval", "OnError", "Row", "optimizer_index"]
 
-Interval = int | Literal["auto"]
 OnError = Literal["warn", "raise"]
 Row = dict[str, object]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_FIRST_AUTO_STEP = 4
 _BATCH = -2  # stands for batches where others are numbers of optimizers
 _CHECKPOINT_KEY = "lightning_diag"
 _SHARDING = frozenset({"FSDPStrategy", "ModelParallelStrategy"})
@@ -108,7 +107,7 @@ class Diagnostic(Callback):
         overhead_budget: float = 0.01,
     ) -> None:
         if every_n_steps is not None or self.paced_by_steps:
-            _check_interval(every_n_steps)
+            check_interval(every_n_steps)
         if on_error not in ("warn", "raise"):
             raise ValueError(f'`on_error` must be "warn" or "raise", got {on_error!r}.')
         if not 0 < overhead_budget <= 1:
@@ -154,9 +153,8 @@ class Diagnostic(Callback):
         index = optimizer_index(trainer, optimizer)
         done = trainer.global_step
         if not trainer.lightning_module.automatic_optimization:
-            done = self._optimizer_steps.get(index, 0)
-            self._optimizer_steps[index] = done + 1
-        return self._is_turn(index, done)
+            done = self._pace.count(index)
+        return self._pace.is_turn(index, done)
 
     def is_due_batch(self, trainer: Trainer) -> bool:
         """Whether the batch that begins is one to measure: the first of each n-th optimizer step.
@@ -164,7 +162,7 @@ class Diagnostic(Callback):
         To be asked exactly once in every `on_train_batch_start`. Under manual optimization n counts
         batches.
         """
-        return self._is_turn(_BATCH, self.step_of(trainer))
+        return self._pace.is_turn(_BATCH, self.step_of(trainer))
 
     def is_due_after(self, trainer: Trainer) -> bool:
         """Whether the optimizer step that has just been made is one to measure.
@@ -174,7 +172,7 @@ class Diagnostic(Callback):
         """
         done = self.step_of(trainer) - trainer.lightning_module.automatic_optimization
         # none has been made yet while the first gathers its micro-batches
-        return done >= 0 and self._is_turn(_BATCH, done)
+        return done >= 0 and self._pace.is_turn(_BATCH, done)
 
     def watch_forward(self, pl_module: LightningModule, inside: Inside) -> None:
         """Be inside a context while this batch's ``training_step`` runs; once, and then no more.
@@ -346,10 +344,7 @@ class Diagnostic(Callback):
         self._seconds = 0.0
         self._device_seconds = 0.0
         self._measured = 0
-        self._interval = self.every_n_steps if isinstance(self.every_n_steps, int) else 1
-        self._last_due: dict[int, int] = {}
-        self._last_asked: dict[int, int] = {}
-        self._optimizer_steps: dict[int, int] = {}
+        self._pace = Pace(self.every_n_steps)
 
     # ---- hooks ----
 
@@ -395,7 +390,9 @@ class Diagnostic(Callback):
             ranks_choose = self._gathers and self.every_n_steps == "auto"
             self.collect(wait=ranks_choose or trainer.is_last_batch)
         if self._clock.stop(self._seconds):
-            self._choose_interval()
+            if self.every_n_steps == "auto":
+                chosen = self._clock.interval(self.overhead_budget)
+                self._pace.interval = chosen or self._pace.interval
             if self._measured.bit_count() == 1:
                 self._report_overhead(trainer)
 
@@ -411,7 +408,7 @@ class Diagnostic(Callback):
         if not self._measured and self.every_n_steps is not None:
             self.note(
                 trainer,
-                f"nothing was measured: training ended before step {self._interval}, and "
+                f"nothing was measured: training ended before step {self._pace.interval}, and "
                 f"`every_n_steps` is {self.every_n_steps}.",
                 "warning",
             )
@@ -438,9 +435,7 @@ class Diagnostic(Callback):
             "device_seconds": self._device_seconds,
             "elapsed": self._clock.elapsed,
             "spent": self._clock.spent,
-            "interval": self._interval,
-            "last_due": dict(self._last_due),
-            "optimizer_steps": dict(self._optimizer_steps),
+            "pace": self._pace.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -448,10 +443,7 @@ class Diagnostic(Callback):
         self._seconds = state_dict["seconds"]
         self._device_seconds = state_dict["device_seconds"]
         self._clock.elapsed, self._clock.spent = state_dict["elapsed"], state_dict["spent"]
-        self._optimizer_steps = dict(state_dict["optimizer_steps"])
-        if self.every_n_steps == "auto":
-            self._interval = state_dict["interval"]
-            self._last_due = dict(state_dict["last_due"])
+        self._pace.load_state_dict(state_dict["pace"])
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -476,18 +468,6 @@ class Diagnostic(Callback):
             self.load_state_dict(states[own[0]])
 
     # ---- private ----
-
-    def _is_turn(self, index: int, done: int) -> bool:
-        # a step may be asked about several times: micro-batches, or a line search; its start counts
-        if self._last_asked.get(index) == done or self.every_n_steps is None:
-            return False
-        self._last_asked[index] = done
-        if self.every_n_steps != "auto":
-            return (done + 1) % self._interval == 0
-        due = done >= self._last_due.get(index, _FIRST_AUTO_STEP - self._interval) + self._interval
-        if due:
-            self._last_due[index] = done
-        return due
 
     def _end(self, hook: str, error: Exception) -> None:
         if self._ended:
@@ -536,10 +516,6 @@ class Diagnostic(Callback):
                     f"{type(error).__name__}: {error}"
                 )
 
-    def _choose_interval(self) -> None:
-        if self.every_n_steps == "auto":
-            self._interval = self._clock.interval(self.overhead_budget) or self._interval
-
     def _report_overhead(self, trainer: Trainer) -> None:
         run = run_logger(trainer)
         if run is None:
@@ -555,7 +531,7 @@ class Diagnostic(Callback):
             "step_seconds": self._clock.step(),
             "elapsed": elapsed,
             "share": spent / elapsed if elapsed else None,
-            "every_n_steps": None if self.every_n_steps is None else self._interval,
+            "every_n_steps": None if self.every_n_steps is None else self._pace.interval,
         }
         step = self.step_of(trainer)
         run.log_rows("overhead", [row], step=step, epoch=trainer.current_epoch)
@@ -576,12 +552,6 @@ def _isolate(cls: type[Diagnostic]) -> None:
     for name, hook in list(vars(cls).items()):
         if callable(hook) and hasattr(Callback, name) and not name.startswith("_"):
             setattr(cls, name, _isolated(hook))
-
-
-def _check_interval(every_n_steps: Interval | None) -> None:
-    whole = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool)
-    if every_n_steps != "auto" and not (whole and int(every_n_steps or 0) >= 1):
-        raise ValueError(f'`every_n_steps` must be at least 1 or "auto", got {every_n_steps!r}.')
 
 
 _isolate(Diagnostic)
