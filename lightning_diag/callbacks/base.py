@@ -521,7 +521,9 @@ class Diagnostic(Callback):
         if run is None:
             return
         elapsed = self._clock.elapsed
-        spent = max(self._clock.spent, self._device_seconds)
+        # what works by the epoch spends its time outside of batches
+        own = self._clock.spent if self.paced_by_steps else self._seconds
+        spent = max(own, self._device_seconds)
         row: Row = {
             "component": None,
             "diagnostic": type(self).__name__,
