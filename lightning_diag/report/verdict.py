@@ -53,7 +53,8 @@ def judge(findings: Sequence[Finding], steps: Sequence[int], info: Mapping[str, 
         steps: The steps at which a gradient was measured.
         info: run.json.
     """
-    state = _state(findings, steps)
+    stopped = _stop(info)
+    state: State = "critical" if stopped else _state(findings, steps)
     critical, warnings = (sum(one.severity == kind for one in findings) for kind in _GRAVE)
     seen = f"{_count(len(steps), 'measured step')}"
     if len(steps) > 1:
@@ -71,8 +72,9 @@ def judge(findings: Sequence[Finding], steps: Sequence[int], info: Mapping[str, 
         "often (`every_n_steps`) or train longer.",
         "healthy": f"No rule found anything wrong in {seen}.",
     }
-    sentence = sentences.get(state, f"{found[:1].upper()}{found[1:]} in {seen}.")
-    extra = [_unchecked(findings), _ending(info)]
+    judged = f"{found[:1].upper()}{found[1:]}" or "No finding"
+    sentence = sentences.get(state, f"{judged} in {seen}.")
+    extra = [_unchecked(findings), stopped or _ending(info)]
     return Verdict(state, _HEADLINES[state], " ".join([sentence, *filter(None, extra)]))
 
 
@@ -103,6 +105,15 @@ def _count(number: int, noun: str) -> str:
 def _unchecked(findings: Sequence[Finding]) -> str:
     failed = sum(one.confidence == 0 for one in findings)
     return f"{_count(failed, 'rule')} could not be checked." if failed else ""
+
+
+def _stop(info: Mapping[str, Any]) -> str:
+    """Why a diagnostic stopped the last attempt; empty where none did."""
+    reason = info.get("stop_reason")
+    if not isinstance(reason, Mapping):
+        return ""
+    who = reason.get("diagnostic") or "A diagnostic"
+    return f"{who} stopped the run: {reason.get('message') or reason.get('rule')}"
 
 
 def _ending(info: Mapping[str, Any]) -> str:

@@ -232,3 +232,12 @@ def test_console_fits_a_narrow_terminal(write_run, healthy_rows):
 def test_console_takes_names_literally(write_run):
     rows = {"grad": trace({"[bold]x[/bold]": [1.0] * 12})}
     assert "[bold]x[/bold]" in summary(write_report(write_run(rows)), 100)
+
+
+def test_a_run_that_a_diagnostic_stopped_is_sick(write_run, healthy_rows):
+    reason = {"diagnostic": "CollapseStop", "rule": "collapse", "message": "The loss is NaN."}
+    info = {"status": "finished", "stop_reason": reason}
+    report = write_report(write_run(healthy_rows, info=info))
+    assert report.exit_code == 4
+    assert report.verdict.state == "critical"
+    assert "CollapseStop stopped the run: The loss is NaN." in report.verdict.sentence

@@ -1,0 +1,168 @@
+"""What CollapseStop collects over the micro-batches of one step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lightning_diag.callbacks.gradient_rows import (
+    gradient_scaler,
+    own_parameters,
+    unscales_itself,
+)
+from lightning_diag.functional.collapse_stop import (
+    ABSENT,
+    gradient_squares,
+    prediction_numbers,
+    step_numbers,
+)
+from lightning_diag.lightning import Trainer
+
+__all__ = ["Finder", "Found", "Predictions", "Window"]
+
+Predictions = Callable[[Any, Any], tuple[Tensor, Tensor | None]]
+
+
+class Found(NamedTuple):
+    """What a batch has given, as far as it could be found."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    targets: Tensor | None
+
+
+class Finder(NamedTuple):
+    """Finds loss, predictions and labels, see the arguments of `CollapseStop`."""
+
+    logits_key: str
+    target_key: str
+    predictions: Predictions | None
+
+    def find(self, outputs: Any, batch: Any) -> Found:
+        """Look into what ``training_step`` returned, and into the batch."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        with torch.no_grad():
+            logits, targets = self._predicted(outputs, batch)
+        values = (loss, logits, targets)
+        return Found(*(value if isinstance(value, Tensor) else None for value in values))
+
+    def _predicted(self, outputs: Any, batch: Any) -> tuple[Any, Any]:
+        # a batch that `training_step` passed over leaves nothing
+        empty = outputs is None or (isinstance(outputs, Mapping) and not outputs)
+        if self.predictions is not None and not empty:
+            return self.predictions(outputs, batch)
+        if not isinstance(outputs, Mapping):
+            return None, None
+        targets = outputs.get(self.target_key)
+        if targets is None and isinstance(batch, Mapping):
+            targets = batch.get(self.target_key)
+        elif targets is None and isinstance(batch, list | tuple) and len(batch) > 1:
+            targets = batch[1]
+        return outputs.get(self.logits_key), targets
+
+
+@dataclass
+class Window:
+    """One step that is to be judged.
+
+    Args:
+        step: The step.
+
+    Attributes:
+        began: Mark on the device where its measuring began.
+        failure: What went wrong, to be told to the other ranks.
+    """
+
+    step: int
+    began: torch.cuda.Event | None = None
+    failure: Exception | None = None
+    _losses: list[Tensor] = field(default_factory=list)
+    _predictions: list[Tensor] = field(default_factory=list)
+    _squares: dict[int, Tensor] = field(default_factory=dict)
+    _scale: Tensor | None = None
+
+    def has_gradients(self, index: int) -> bool:
+        """Whether this optimizer's have been seen: a line search shows them several times."""
+        return index in self._squares
+
+    def add_outputs(self, found: Found, most: int) -> None:
+        """Take what one micro-batch has given."""
+        if found.loss is not None:
+            self._losses.append(found.loss)
+        if found.logits is not None:
+            self._predictions.append(prediction_numbers(found.logits, found.targets, most))
+
+    def add_gradients(
+        self,
+        trainer: Trainer,
+        optimizer: Optimizer,
+        index: int,
+        *,
+        shared: bool,
+        whole: list[Tensor | None] | None,
+    ) -> None:
+        """Take one optimizer's gradients, before it makes its step.
+
+        Args:
+            trainer: The trainer.
+            optimizer: Whose gradients.
+            index: Its place among the optimizers of the trainer.
+            shared: Whether the numbers of all ranks will be added, so that gradients which all of
+                them hold count on the first alone.
+            whole: Gradients without pending sums, where parameters are sharded.
+        """
+        scaler = gradient_scaler(trainer)
+        if scaler is not None:
+            # the public way to the scale that does not wait for the device
+            self._scale = scaler.scale(torch.ones((), device=trainer.lightning_module.device))
+        elsewhere = shared and trainer.global_rank > 0
+        if elsewhere and whole is None:
+            return
+        gradients = whole or [parameter.grad for parameter in own_parameters(optimizer)]
+        if elsewhere and not _is_flat(trainer):
+            gradients = [
+                x if x is None or isinstance(x, DTensor) else x.new_empty(0) for x in gradients
+            ]
+        if any(gradient is not None for gradient in gradients):
+            divisor = self._scale if unscales_itself(optimizer) else None
+            self._squares[index] = gradient_squares(gradients, divisor)
+
+    def numbers(self, trainer: Trainer) -> Tensor:
+        """All of it in one vector on the device, see `step_numbers`.
+
+        Raises:
+            Exception: What went wrong before, if anything did.
+        """
+        if self.failure is not None:
+            raise self.failure
+        module = trainer.lightning_module
+        device = module.device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        squares = [
+            self._squares[index]
+            if index in self._squares
+            else torch.full((len(own_parameters(one)),), ABSENT, dtype=wide, device=device)
+            for index, one in enumerate(trainer.optimizers)
+        ]
+        return step_numbers(
+            torch.cat([x if x.device == device else x.to(device) for x in squares]),
+            torch.ones((), device=device) if self._scale is None else self._scale,
+            self._losses,
+            self._predictions,
+            # Lightning has divided what it hands over
+            divided_by=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
+        )
+
+    @staticmethod
+    def size(trainer: Trainer) -> int:
+        """How many numbers there will be, whatever is seen."""
+        count = sum(len(own_parameters(optimizer)) for optimizer in trainer.optimizers)
+        return len(step_numbers(torch.zeros(count), torch.ones(()), [], []))
+
+
+def _is_flat(trainer: Trainer) -> bool:
+    return any(kind.__name__ == "FSDPStrategy" for kind in type(trainer.strategy).__mro__)
