@@ -4,8 +4,17 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_diag.callbacks.activation_health import ActivationHealth as ActivationHealth
+    from lightning_diag.callbacks.attention_capture import AttentionCapture as AttentionCapture
+    from lightning_diag.callbacks.blob_metrics import BlobMetrics as BlobMetrics
+    from lightning_diag.callbacks.collapse_stop import CollapseStop as CollapseStop
+    from lightning_diag.callbacks.component_profiler import ComponentProfiler as ComponentProfiler
     from lightning_diag.callbacks.gradient_health import GradientHealth as GradientHealth
+    from lightning_diag.callbacks.hardware_monitor import HardwareMonitor as HardwareMonitor
     from lightning_diag.callbacks.health_alerts import HealthAlerts as HealthAlerts
+    from lightning_diag.callbacks.latent_stats import LatentStats as LatentStats
+    from lightning_diag.callbacks.update_ratio import UpdateRatio as UpdateRatio
+    from lightning_diag.callbacks.wiring_check import WiringCheck as WiringCheck
     from lightning_diag.components import Components as Components
     from lightning_diag.components import param_groups as param_groups
     from lightning_diag.records import RunLogger as RunLogger
@@ -16,10 +25,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActivationHealth": "lightning_diag.callbacks.activation_health",
+    "AttentionCapture": "lightning_diag.callbacks.attention_capture",
+    "BlobMetrics": "lightning_diag.callbacks.blob_metrics",
+    "CollapseStop": "lightning_diag.callbacks.collapse_stop",
+    "ComponentProfiler": "lightning_diag.callbacks.component_profiler",
     "Components": "lightning_diag.components",
     "GradientHealth": "lightning_diag.callbacks.gradient_health",
+    "HardwareMonitor": "lightning_diag.callbacks.hardware_monitor",
     "HealthAlerts": "lightning_diag.callbacks.health_alerts",
+    "LatentStats": "lightning_diag.callbacks.latent_stats",
     "RunLogger": "lightning_diag.records",
+    "UpdateRatio": "lightning_diag.callbacks.update_ratio",
+    "WiringCheck": "lightning_diag.callbacks.wiring_check",
     "diagnose": "lightning_diag.rules",
     "param_groups": "lightning_diag.components",
     "read_run": "lightning_diag.records",
@@ -27,10 +45,19 @@ _HOMES = {
 }
 
 __all__ = [
+    "ActivationHealth",
+    "AttentionCapture",
+    "BlobMetrics",
+    "CollapseStop",
+    "ComponentProfiler",
     "Components",
     "GradientHealth",
+    "HardwareMonitor",
     "HealthAlerts",
+    "LatentStats",
     "RunLogger",
+    "UpdateRatio",
+    "WiringCheck",
     "diagnose",
     "param_groups",
     "read_run",

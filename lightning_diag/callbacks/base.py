@@ -174,7 +174,9 @@ class Diagnostic(Callback):
         # none has been made yet while the first gathers its micro-batches
         return done >= 0 and self._pace.is_turn(_BATCH, done)
 
-    def watch_forward(self, pl_module: LightningModule, inside: Inside) -> None:
+    def watch_forward(
+        self, pl_module: LightningModule, inside: Inside, *, shadows: bool = True
+    ) -> None:
         """Be inside a context while this batch's ``training_step`` runs; once, and then no more.
 
         Compiled parts of the model are not touched: each is run a second time, eagerly, without
@@ -187,9 +189,10 @@ class Diagnostic(Callback):
             inside: Makes the context of one `Scope`: it adds hooks to the scope's modules when it
                 is entered and removes them when it is left. Called once for all that is eager, and
                 once for each compiled part.
+            shadows: Whether compiled parts are wanted at all.
         """
         self._watch = watch_training_step(
-            pl_module, inside, self.guarded, shadows=not self._sharded
+            pl_module, inside, self.guarded, shadows=shadows and not self._sharded
         )
 
     def guarded(self, function: Callable[_P, _T]) -> Callable[_P, _T | None]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_diag.rules import gradients as gradients  # entering its rules into the registry
+from lightning_diag.rules import wiring as wiring
 from lightning_diag.rules.finding import Finding
 from lightning_diag.rules.registry import RULES, Rule, resolve_thresholds
 

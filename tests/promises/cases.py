@@ -2,19 +2,44 @@
 
 from functools import partial
 
-from lightning_diag import GradientHealth, HealthAlerts
+from lightning_diag import (
+    ActivationHealth,
+    AttentionCapture,
+    BlobMetrics,
+    CollapseStop,
+    ComponentProfiler,
+    GradientHealth,
+    HardwareMonitor,
+    HealthAlerts,
+    LatentStats,
+    UpdateRatio,
+    WiringCheck,
+)
 from lightning_diag.callbacks.base import Diagnostic
+
+_PAIR = ["net.body.0.weight", "net.body.3.weight"]
 
 DIAGNOSTICS = {
     "gradient_health": partial(GradientHealth, zeros_every=2, per_parameter=True, histogram=True),
     "gradient_health_parts": partial(GradientHealth, {"first": "*embed*", "norms": "*norm*"}),
+    "collapse_stop": CollapseStop,
+    "wiring_check": WiringCheck,
+    "update_ratio": partial(UpdateRatio, per_parameter=True),
+    "activation_health": ActivationHealth,
+    "latent_stats": LatentStats,
+    "attention_capture": AttentionCapture,
+    "component_profiler": partial(ComponentProfiler, table=False),
+    "blob_metrics": partial(BlobMetrics, {"body": _PAIR}, every_n_epochs=None, results=False),
+    "hardware_monitor": HardwareMonitor,
     "health_alerts": partial(HealthAlerts, console=False),
 }
 CASES = [*DIAGNOSTICS, "all"]
-CLASSES = {type(make()): name for name, make in reversed(DIAGNOSTICS.items())}
+CLASSES = {type(make(every_n_steps=2)): name for name, make in reversed(DIAGNOSTICS.items())}
 
-# batches, counted from 0, at which some measure besides those that are due
-ALSO: dict[str, set[int]] = {}
+# steps, counted from 0, at which some measure besides those that are due
+ALSO: dict[str, set[int]] = {"WiringCheck": {0, 1, 2}}
+# those that look at every micro-batch of a step
+WHOLE_STEPS: set[str] = {"WiringCheck"}
 # those that measure by the epoch, whatever `every_n_steps` is
 BY_EPOCH: set[str] = set()
 

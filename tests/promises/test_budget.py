@@ -53,7 +53,8 @@ def test_every_diagnostic_reports_its_cost(name, tmp_path):
     assert rows
     for row in rows:
         assert 0 < row["share"] < 1
-        assert 0 < row["step_seconds"] < row["elapsed"]
+        # 0 before the first step that was not measured
+        assert 0 <= row["step_seconds"] < row["elapsed"]
         assert row["seconds"] > 0
         assert row["device_seconds"] is None
         assert row["every_n_steps"] == (None if name in BY_EPOCH else 2)

@@ -8,7 +8,15 @@ import torch
 from lightning_diag import RunLogger
 from lightning_diag.callbacks.base import Diagnostic
 from lightning_diag.lightning import Callback, Trainer
-from tests.promises.cases import ALSO, BY_EPOCH, CASES, DIAGNOSTICS, build, kinds
+from tests.promises.cases import (
+    ALSO,
+    BY_EPOCH,
+    CASES,
+    DIAGNOSTICS,
+    WHOLE_STEPS,
+    build,
+    kinds,
+)
 from tests.promises.modes import MODES
 from tests.promises.networks import Classifier, batches
 from tests.promises.reads import Watch, WatchSteps, census
@@ -93,16 +101,19 @@ def due_batches(mode, kind):
     Those in which a due step begins or is made, and what `cases` says of it.
     """
     window = MODES[mode].trainer().get("accumulate_grad_batches", 1)
-    last = [epoch * IN_EPOCH + IN_EPOCH - 1 for epoch in range(EPOCHS)]
+    ends = [epoch * IN_EPOCH + IN_EPOCH - 1 for epoch in range(EPOCHS)]
     if kind in BY_EPOCH:
-        return set(last)
+        return set(ends)
     steps, begun = [], 0
     for batch in range(IN_EPOCH * EPOCHS):
-        if (batch % IN_EPOCH + 1) % window == 0 or batch in last:
+        if (batch % IN_EPOCH + 1) % window == 0 or batch in ends:
             steps.append((begun, batch))
             begun = batch + 1
-    due = {batch for step in steps[EVERY - 1 :: EVERY] for batch in step}
-    return due | ALSO.get(kind, set())
+    due = {*range(EVERY - 1, len(steps), EVERY), *ALSO.get(kind, ())}
+    chosen = [step for number, step in enumerate(steps) if number in due]
+    if kind in WHOLE_STEPS:
+        return {batch for first, last in chosen for batch in range(first, last + 1)}
+    return {batch for step in chosen for batch in step}
 
 
 @pytest.mark.parametrize("case", CASES)

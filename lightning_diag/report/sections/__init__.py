@@ -10,7 +10,17 @@ if TYPE_CHECKING:
 
 __all__ = ["SECTIONS", "sections"]
 
-SECTIONS: tuple[str, ...] = ()
+SECTIONS: tuple[str, ...] = (
+    "collapse",
+    "wiring",
+    "updates",
+    "attention",
+    "activations",
+    "latents",
+    "blobs",
+    "components",
+    "hardware",
+)
 """Names of the modules beside this one, in the order of the report; each has ``NAME_section``."""
 
 

@@ -1,0 +1,137 @@
+"""Data that no network can use as they come: not finite, or on a scale of their own."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lightning_diag.rules.finding import Finding, Severity
+from lightning_diag.rules.registry import rule
+from lightning_diag.rules.wiring_rows import Fault, checked
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["InputScale", "NonfiniteData", "input_scale", "nonfinite_data"]
+
+
+@dataclass(frozen=True)
+class NonfiniteData:
+    """Thresholds of `nonfinite_data`."""
+
+    min_looks: float = field(default=1, metadata={"unit": "looks"})
+
+
+@rule(
+    "nonfinite_data",
+    family="wiring",
+    needs="wiring",
+    thresholds=NonfiniteData,
+    explains=("nonfinite_gradient",),
+    reference="IEEE 754: what meets NaN becomes NaN.",
+)
+def nonfinite_data(wiring: "pl.DataFrame", thresholds: NonfiniteData) -> list[Finding]:
+    """NaN or infinity in a batch; where the loss stays finite it is known to the model, and noted.
+
+    A mask of minus infinity, or NaN for what is missing, is such a case.
+    """
+    rows = checked(wiring, "nonfinite_data")
+    wrong = [row for row in rows if row["state"] == "wrong"]
+    if not wrong or len(wrong) < thresholds.min_looks:
+        return []
+    after = [row.get("loss_finite") for row in rows if row["step"] >= wrong[0]["step"]]
+    # a loss that hides an infinity breaks one step later, by the gradient
+    broken, unknown = 0 in after, 1 not in after
+    severity: Severity = "critical" if broken else "warning" if unknown else "info"
+    fault = Fault(wrong)
+    return [
+        fault.finding(
+            severity,
+            f"The batch holds {fault.number('count'):,.0f} elements that are NaN or infinite, in "
+            f"{fault.names}.{' The loss is not finite either.' if broken else ''}",
+            "Clean the data: look for missing values, divisions by zero and logarithms of zero in "
+            "what prepares them."
+            if severity != "info"
+            else "Nothing to do if they mark what is missing or masked: the loss is finite.",
+            observed=fault.number("value"),
+            threshold=0.0,
+            unit="share of elements",
+            confidence=0.95 if broken else 0.6,
+        )
+    ]
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """Thresholds of `input_scale`."""
+
+    max_rms: float = field(default=50.0, metadata={"unit": "root mean square of the input"})
+    max_shift: float = field(default=10.0, metadata={"unit": "standard deviations of its mean"})
+    min_looks: float = field(default=2, metadata={"unit": "looks"})
+
+
+@rule(
+    "input_scale",
+    family="wiring",
+    needs="wiring",
+    thresholds=InputScale,
+    explains=("exploding_gradient", "clipping_dominates", "nonfinite_gradient"),
+    reference="LeCun et al. 1998, Efficient BackProp, section 4.3: mean 0, equal variances.",
+)
+def input_scale(wiring: "pl.DataFrame", thresholds: InputScale) -> list[Finding]:
+    """Input of the first layer that learns on a scale for which no weights are initialised.
+
+    Raw pixels from 0 to 255 have a root mean square of about 130. Where a normalization follows at
+    once, which takes the scale away, it is only noted, as is input far from zero for its spread.
+    """
+    groups: dict[str, list[dict[str, object]]] = {}
+    for row in checked(wiring, "input_scale"):
+        if row.get("rms") is not None:
+            groups.setdefault(str(row.get("names")), []).append(row)
+    found = []
+    for rows in groups.values():
+        large = [row for row in rows if _number(row, "rms") > thresholds.max_rms]
+        shifted = [row for row in rows if _shift(row) > thresholds.max_shift]
+        if len(large) >= thresholds.min_looks and 2 * len(large) > len(rows):
+            found.append(_large(Fault(large), thresholds))
+        elif len(shifted) >= thresholds.min_looks and 2 * len(shifted) > len(rows):
+            found.append(_far(Fault(shifted), thresholds))
+    return found
+
+
+def _large(fault: Fault, t: InputScale) -> Finding:
+    normalized = bool(fault.last.get("normalized"))
+    return fault.finding(
+        "info" if normalized else "warning",
+        f"What enters {fault.names} has a root mean square of {fault.number('rms'):.3g} (mean "
+        f"{fault.number('mean'):.3g}, largest {fault.number('abs_max'):.3g}): weights are "
+        "initialised for input of about 1.",
+        "Scale the input: divide pixels by 255, standardise features to mean 0 and deviation 1 "
+        "with statistics of the training set.",
+        observed=fault.number("rms"),
+        threshold=t.max_rms,
+        unit="root mean square of the input",
+        confidence=0.5 if normalized else 0.8,
+    )
+
+
+def _far(fault: Fault, t: InputScale) -> Finding:
+    return fault.finding(
+        "info",
+        f"What enters {fault.names} lies far from zero for its spread: mean "
+        f"{fault.number('mean'):.3g}, standard deviation {fault.number('std'):.3g}.",
+        "Subtract the mean of the training set.",
+        observed=_shift(fault.last),
+        threshold=t.max_shift,
+        unit="standard deviations of its mean",
+        confidence=0.5,
+    )
+
+
+def _shift(row: dict[str, object]) -> float:
+    mean, std = abs(_number(row, "mean")), _number(row, "std")
+    # constant input, such as the ones of a graph without features, has no scale to speak of
+    return mean / std if std > 0 and mean > 1 else 0.0
+
+
+def _number(row: dict[str, object], key: str) -> float:
+    value = row.get(key)
+    return float(value) if isinstance(value, (int, float)) else 0.0

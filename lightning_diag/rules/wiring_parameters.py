@@ -1,0 +1,199 @@
+"""Parameters that are in the wrong hands, or that nothing ever teaches."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from lightning_diag.rules.finding import Finding, Severity
+from lightning_diag.rules.registry import rule
+from lightning_diag.rules.wiring_rows import Fault, faults
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = [
+    "FrozenInOptimizer",
+    "UnoptimizedParameter",
+    "UnusedParameter",
+    "frozen_in_optimizer",
+    "unoptimized_parameter",
+    "unused_parameter",
+]
+
+_SHARE = "share of all parameters"
+
+
+@dataclass(frozen=True)
+class UnoptimizedParameter:
+    """Thresholds of `unoptimized_parameter`."""
+
+    min_looks: float = field(default=2, metadata={"unit": "looks"})
+
+
+@rule(
+    "unoptimized_parameter",
+    family="wiring",
+    needs="wiring",
+    thresholds=UnoptimizedParameter,
+    reference="torch.optim: an optimizer moves the parameters of its groups, and no others.",
+)
+def unoptimized_parameter(
+    wiring: "pl.DataFrame", thresholds: UnoptimizedParameter
+) -> list[Finding]:
+    """Trainable parameters that get a gradient and are in no optimizer.
+
+    Without a gradient they may be meant to rest, as in a teacher: that is only noted.
+    """
+    found = []
+    for fault in faults(wiring, "unoptimized_parameter"):
+        if fault.looks < thresholds.min_looks:
+            continue
+        wanting = fault.kind == "gradient"
+        severity: Severity = "warning" if wanting else "info"
+        what = "get a gradient, which nobody uses" if wanting else "get no gradient either"
+        strangers = fault.number("value")
+        stale = (
+            f" The optimizers hold {strangers:.0f} parameters that the model does not have: it was "
+            "changed after they were made."
+            if strangers
+            else ""
+        )
+        message = (
+            f"{_count(fault)} ({fault.names}) are trainable, but in no optimizer; they {what}. "
+            f"They never change.{stale}"
+        )
+        suggestion = (
+            "Give them to an optimizer in `configure_optimizers`. If they are meant to rest, say "
+            "so with `requires_grad_(False)`: that also saves their part of the backward pass."
+        )
+        found.append(
+            fault.finding(
+                severity, message, suggestion, observed=fault.share, threshold=0.0, unit=_SHARE
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class FrozenInOptimizer:
+    """Thresholds of `frozen_in_optimizer`."""
+
+    min_looks: float = field(default=2, metadata={"unit": "looks"})
+
+
+@rule(
+    "frozen_in_optimizer",
+    family="wiring",
+    needs="wiring",
+    thresholds=FrozenInOptimizer,
+    reference="torch.optim skips parameters whose gradient is None, and only those.",
+)
+def frozen_in_optimizer(wiring: "pl.DataFrame", thresholds: FrozenInOptimizer) -> list[Finding]:
+    """Frozen parameters in an optimizer, which is harmless unless an old gradient hangs on them."""
+    found = []
+    for fault in faults(wiring, "frozen_in_optimizer"):
+        moving = fault.kind == "gradient left"
+        if fault.looks < thresholds.min_looks:
+            continue
+        what = (
+            "and still carry a gradient from before: the optimizer goes on moving and decaying them"
+            if moving
+            else "which does nothing to them as long as they have no gradient"
+        )
+        found.append(
+            fault.finding(
+                "warning" if moving else "info",
+                f"{_count(fault)} ({fault.names}) are frozen and in an optimizer, {what}.",
+                "Set their `grad` to None when you freeze them."
+                if moving
+                else "Nothing to do, or leave them out of the optimizer.",
+                observed=fault.share,
+                threshold=0.0,
+                unit=_SHARE,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class UnusedParameter:
+    """Thresholds of `unused_parameter`."""
+
+    min_steps: float = field(default=10, metadata={"unit": "steps without a gradient"})
+    zero_looks: float = field(default=5, metadata={"unit": "looks at a gradient of zeros"})
+    noted_share: float = field(default=0.01, metadata={"unit": "share of all parameters"})
+    critical_share: float = field(default=0.5, metadata={"unit": "share of all parameters"})
+
+
+@rule(
+    "unused_parameter",
+    family="wiring",
+    needs="wiring",
+    thresholds=UnusedParameter,
+    explains=("dead_component", "vanishing_gradient", "gradient_imbalance"),
+    reference="DistributedDataParallel's find_unused_parameters.",
+)
+def unused_parameter(wiring: "pl.DataFrame", thresholds: UnusedParameter) -> list[Finding]:
+    """Trainable parameters of an optimizer that got no gradient at any step that was watched.
+
+    A small rest of a part that learns, such as a pooler that a task does not use, is only noted, as
+    is what few steps have shown.
+    """
+    found = []
+    for fault in faults(wiring, "unused_parameter"):
+        zero = fault.kind == "zero"
+        steps = fault.number("looks" if zero else "steps")
+        enough = steps >= (thresholds.zero_looks if zero else thresholds.min_steps)
+        found.append(_unused(fault, steps, enough, thresholds))
+    return found
+
+
+def _unused(fault: Fault, steps: float, enough: bool, t: UnusedParameter) -> Finding:
+    zero = fault.kind == "zero"
+    rest = fault.share < t.noted_share and fault.number("component_share") < 1
+    severity: Severity = "info" if rest or not enough else "warning"
+    if severity == "warning" and fault.share >= t.critical_share and not zero:
+        severity = "critical"
+    got = (
+        f"had a gradient of nothing but zeros at all {steps:.0f} looks"
+        if zero
+        else f"got no gradient in any of {steps:.0f} steps"
+    )
+    return fault.finding(
+        severity,
+        f"{_count(fault)} of the optimizer ({fault.names}) {got}{_REASONS.get(fault.kind, '')}. "
+        "They learn nothing.",
+        _SUGGESTIONS.get(fault.kind, _SUGGESTIONS["ran"]),
+        observed=fault.share,
+        threshold=t.noted_share,
+        unit=_SHARE,
+        confidence=0.95 if enough else 0.5,
+    )
+
+
+_REASONS = {
+    "never ran": ": their module was never called",
+    "ran": ": their module was called, but the loss does not depend on what it returned",
+}
+_SUGGESTIONS = {
+    "never ran": (
+        "See whether the forward pass goes by them: a branch that is skipped in training, such as "
+        "teacher forcing that leaves the decoder out, or a layer that is made and not used. Call "
+        "it, or remove it."
+    ),
+    "ran": (
+        "See where what the module returns gets lost: an output that the loss leaves out, "
+        "`torch.no_grad()`, `.detach()`, `.item()`, an argmax or a detour over NumPy."
+    ),
+    "zero": (
+        "They are connected, but what comes back is exactly zero: look for a multiplication by "
+        "zero, a mask that takes everything, ReLUs that never fire, a clamp or a gate."
+    ),
+}
+
+
+def _count(fault: Fault) -> str:
+    tensors, elements = fault.number("count"), fault.number("parameters")
+    plural = "s" if tensors != 1 else ""
+    return (
+        f"{tensors:.0f} parameter{plural} with {elements:,.0f} elements, {fault.share:.1%} of all,"
+    )
