@@ -1,6 +1,7 @@
 """Ready sets of diagnostics, by what they cost."""
 
 import importlib
+from inspect import signature
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_diag.components import Components, Patterns
@@ -44,12 +45,8 @@ def suite(
     if name not in SUITES:
         raise ValueError(f"`name` must be one of {', '.join(get_args(Suite))}, got {name!r}.")
     home = importlib.import_module("lightning_diag")
-    made = []
-    for kind in SUITES[name]:
-        diagnostic = getattr(home, kind)
-        speaks = kind in _OF_PARTS
-        made.append(diagnostic(components) if speaks else diagnostic())
-    return made
-
-
-_OF_PARTS = frozenset({"GradientHealth", "UpdateRatio", "ComponentProfiler", "WiringCheck"})
+    kinds = [getattr(home, kind) for kind in SUITES[name]]
+    return [
+        kind(components=components) if "components" in signature(kind).parameters else kind()
+        for kind in kinds
+    ]

@@ -10,14 +10,22 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from lightning_diag import suite
+from lightning_diag.callbacks import Diagnostic
 from lightning_diag.lightning import Callback, Logger, Trainer
 from lightning_diag.spelling import locate, unknown_arguments
+from lightning_diag.suites import SUITES
 
 CONF = Path(__file__).parents[1] / "conf"
+# lists of callbacks, beside the files of one callback each
+PRESETS = ("default", *SUITES)
 
 
 def names(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+SINGLE = [name for name in names("callbacks") if name not in PRESETS]
 
 
 def composed(run_dir, *overrides):
@@ -38,7 +46,7 @@ def test_every_file_opens_with_one_comment_that_says_what_it_is(path):
     assert len([line for line in header if not line.startswith("# @package ")]) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in names("callbacks") if name != "default"])
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_callback_builds_under_its_own_name(tmp_path, name):
     nodes = composed(tmp_path, f"callbacks=[{name}]")["callbacks"]
     assert list(nodes) == [name]
@@ -46,13 +54,24 @@ def test_a_callback_builds_under_its_own_name(tmp_path, name):
     assert isinstance(instantiate(nodes[name], _convert_="all"), Callback)
 
 
-@pytest.mark.parametrize("name", [name for name in names("callbacks") if name != "default"])
+@pytest.mark.parametrize("name", SINGLE)
 def test_a_callback_lists_its_arguments_a_diagnostic_all_with_pythons_defaults(tmp_path, name):
     node = composed(tmp_path, f"callbacks=[{name}]")["callbacks"][name]
     parameters = inspect.signature(locate(node["_target_"])).parameters
     assert arguments(node).keys() <= parameters.keys()
     if not node["_target_"].startswith("lightning_diag.lightning."):
         assert arguments(node) == {key: value.default for key, value in parameters.items()}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_a_preset_is_the_suite_of_its_name_and_what_every_run_needs(tmp_path, name):
+    nodes = composed(tmp_path, f"callbacks={name}")["callbacks"]
+    built = [instantiate(node, _convert_="all") for node in nodes.values()]
+    diagnostics = [type(one).__name__ for one in built if isinstance(one, Diagnostic)]
+    assert diagnostics == [type(one).__name__ for one in suite(name)] == list(SUITES[name])
+    rest = [key for key in nodes if key.startswith(("checkpoint", "lr_"))]
+    assert rest == ["checkpoint_best", "checkpoint_last", "checkpoint_steps", "lr_monitor"]
+    assert len(rest) + len(diagnostics) == len(nodes)
 
 
 def test_callbacks_combine_in_the_order_given(tmp_path):

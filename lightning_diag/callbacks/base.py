@@ -408,7 +408,7 @@ class Diagnostic(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.collect(wait=True)
-        if not self._measured and self.every_n_steps is not None:
+        if not self._measured and not self._pace.came and self.every_n_steps is not None:
             self.note(
                 trainer,
                 f"nothing was measured: training ended before step {self._pace.interval}, and "

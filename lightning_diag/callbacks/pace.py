@@ -18,11 +18,13 @@ class Pace:
 
     Attributes:
         interval: Steps between two measurements, as of now.
+        came: Whether any step was one to measure.
     """
 
     def __init__(self, every_n_steps: Interval | None) -> None:
         self.every_n_steps = every_n_steps
         self.interval = every_n_steps if isinstance(every_n_steps, int) else 1
+        self.came = False
         self._due: dict[int, int] = {}
         self._asked: dict[int, int] = {}
         self._counted: dict[int, int] = {}
@@ -39,11 +41,14 @@ class Pace:
             return False
         self._asked[whose] = step
         if self.every_n_steps != "auto":
-            return (step + 1) % self.interval == 0
-        due = step >= self._due.get(whose, _FIRST_AUTO_STEP - self.interval) + self.interval
-        if due:
+            due = (step + 1) % self.interval == 0
+        elif due := step >= self._next(whose):
             self._due[whose] = step
+        self.came = self.came or due
         return due
+
+    def _next(self, whose: int) -> int:
+        return self._due.get(whose, _FIRST_AUTO_STEP - self.interval) + self.interval
 
     def count(self, whose: int) -> int:
         """How often this was called for `whose` before."""

@@ -9,6 +9,7 @@ from lightning_diag.report.theme import DASHES, WARNING, chart_config
 from lightning_diag.report.thinning import thin
 
 if TYPE_CHECKING:
+    import altair as alt
     import polars as pl
 
 __all__ = ["Panel", "line_chart", "points_by"]
@@ -134,7 +135,7 @@ def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | 
     scale = alt.Scale(type="log") if panel.log else alt.Scale(zero=False)
     if panel.domain is not None:
         scale = alt.Scale(domain=list(panel.domain), type="log" if panel.log else "linear")
-    up = alt.Y("y:Q", title=panel.label, scale=scale, axis=alt.Axis(format="~g", tickCount=5))
+    up = alt.Y("y:Q", title=panel.label, scale=scale, axis=_axis(panel))
     legend = None if len(names) == 1 and len(panel.series) == 1 else alt.Legend(title=None)
     dashes = [list(DASHES[index // 5 % len(DASHES)]) for index in range(len(names))]
     base = alt.Chart({"values": rows}).encode(
@@ -155,6 +156,15 @@ def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | 
         text = rule.mark_text(align="right", dx=-4, dy=-7, x="width")
         layers.append(text.encode(text="label:N"))
     return alt.layer(*layers).properties(width=820, height=panel.height)
+
+
+def _axis(panel: Panel) -> "alt.Axis":
+    import altair as alt
+
+    # large and small numbers as powers, the others as people write them
+    plain = "abs(datum.value) >= 0.001 && abs(datum.value) < 1000000 || datum.value == 0"
+    text = f"{plain} ? format(datum.value, ',~r') : format(datum.value, '~e')"
+    return alt.Axis(labelExpr=text, tickCount=5)
 
 
 def _rows(panel: Panel, name: str) -> list[dict[str, Any]]:

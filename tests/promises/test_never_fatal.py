@@ -49,12 +49,15 @@ def hooks_of(kind):
 
 
 HOOKS = [(name, hook) for kind, name in CLASSES.items() for hook in hooks_of(kind)]
+# called by constructors, where an error is the user's to see
+CHECKS = {"blob_settings"}
 FUNCTIONS = sorted(
     (module.__name__, name)
     for module in list(sys.modules.values())
     if getattr(module, "__name__", "").startswith("lightning_diag.callbacks.")
     for name, value in vars(module).items()
     if isfunction(value) and value.__module__.startswith("lightning_diag.functional.")
+    if name not in CHECKS
 )
 
 
