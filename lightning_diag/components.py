@@ -8,7 +8,15 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn import Parameter
 
-__all__ = ["Assignment", "Components", "matches", "module_names", "param_groups", "parameter_names"]
+__all__ = [
+    "Assignment",
+    "Components",
+    "matches",
+    "module_names",
+    "param_groups",
+    "parameter_names",
+    "weight_of",
+]
 
 OTHER = "other"
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -129,6 +137,18 @@ def module_names(model: nn.Module) -> dict[str, nn.Module]:
     clean = _clean_prefixes(model)
     # a wrapper comes before what it wraps, under the same name; the last of them is the module
     return {clean[name]: module for name, module in model.named_modules()}
+
+
+def weight_of(module: nn.Module) -> Parameter | None:
+    """The parameter ``weight`` of a module; None where it has none, or computes it.
+
+    A parametrization computes its tensor at every look, and may change state or draw random numbers
+    in doing so: the attribute of a user's module is not ours to ask for.
+
+    Args:
+        module: Any module.
+    """
+    return dict(module.named_parameters(recurse=False)).get("weight")
 
 
 def matches(name: str, glob: str) -> bool:

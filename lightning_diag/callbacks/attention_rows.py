@@ -47,7 +47,7 @@ class Pages:
     def together(self) -> Tensor:
         """All of them in one dimension, on the device of the first."""
         if not self._tensors:
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float64)
         home = self._tensors[0].device
         wide = torch.float32 if home.type == "mps" else torch.float64
         here = (x if x.device == home else x.to(home) for x in self._tensors)

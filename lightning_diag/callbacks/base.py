@@ -504,7 +504,9 @@ class Diagnostic(Callback):
     def _to_loggers(self, trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
         if not scalars:
             return
-        self._callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+        self._callback_metrics.update(
+            {key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()}
+        )
         for logger in trainer.loggers if trainer.is_global_zero else ():
             if isinstance(logger, RunLogger) or id(logger) in self._broken_loggers:
                 continue

@@ -300,7 +300,7 @@ class BlobMetrics(Diagnostic):
             for place, (encoder, decoder) in enumerate(weights):
                 generator = self._generator(encoder.device, place, step)
                 samples.append(sample_pairs(encoder, decoder, size, generator))
-            return torch.zeros(0)
+            return torch.zeros(0, dtype=torch.float64)
 
         marks = self.gather(compute, 0, device) if self._sharded else compute()
         if not trainer.is_global_zero:

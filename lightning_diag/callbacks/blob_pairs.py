@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lightning_diag.components import module_names, parameter_names
+from lightning_diag.components import module_names, parameter_names, weight_of
 from lightning_diag.spelling import did_you_mean
 
 __all__ = ["WeightPair", "checked_pairs", "find_pair", "named_pairs"]
@@ -92,9 +92,9 @@ def find_pair(model: nn.Module) -> dict[str, WeightPair]:
         One pair, or none.
     """
     layers = [
-        (f"{name}.weight" if name else "weight", module.weight)
+        (f"{name}.weight" if name else "weight", weight)
         for name, module in module_names(model).items()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and (weight := weight_of(module)) is not None
     ]
     fitting = [
         WeightPair(one, other, encoder, decoder)

@@ -22,7 +22,8 @@ class Scope:
 
     Attributes:
         modules: The modules that run eagerly, by name without wrapper prefixes; without those that
-            a hook would make compute in another way (`fast_path`).
+            a hook would make compute in another way (`fast_path`), and without scripted ones, which
+            take no hooks.
         shadow: Whether this is the second, eager forward of a compiled part.
         compiled: Whether the model has compiled parts.
         fast_path: Whether the model has attention or encoder layers of PyTorch in evaluation mode.
@@ -99,12 +100,14 @@ class _WatchedStep:
         below = {id(part) for root in roots.values() for part in root.modules()}
         names = module_names(self._module)
         fast = _fast_path(self._module)
-        eager = {name: part for name, part in names.items() if id(part) not in below | fast}
+        left_out = below | fast | _scripted(self._module)
+        eager = {name: part for name, part in names.items() if id(part) not in left_out}
         scope = Scope(eager, shadow=False, compiled=bool(roots), fast_path=bool(fast))
         with ExitStack() as stack:
             stack.enter_context(_paused_in_backward(self._module, scope))
             for root in roots.values():
-                inside = {name: part for name, part in names.items() if part in set(root.modules())}
+                own = {id(part) for part in root.modules()} - _scripted(root)
+                inside = {name: part for name, part in names.items() if id(part) in own}
                 shadow = Scope(inside, shadow=True, compiled=True)
                 stack.enter_context(_paused_in_backward(self._module, shadow))
                 stack.enter_context(_shadowed(root, shadow, watches))
@@ -124,6 +127,12 @@ def _fast_path(model: nn.Module) -> set[int]:
     """The ids of PyTorch's fused layers in evaluation mode, and of what is inside them."""
     kinds = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
     found = [part for part in model.modules() if isinstance(part, kinds) and not part.training]
+    return {id(below) for part in found for below in part.modules()}
+
+
+def _scripted(model: nn.Module) -> set[int]:
+    """The ids of modules that TorchScript runs."""
+    found = [part for part in model.modules() if isinstance(part, torch.jit.ScriptModule)]
     return {id(below) for part in found for below in part.modules()}
 
 

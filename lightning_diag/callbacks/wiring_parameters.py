@@ -4,12 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Row
-from lightning_diag.components import OTHER, Assignment, module_names, parameter_names
+from lightning_diag.components import OTHER, Assignment, module_names, parameter_names, weight_of
 
 __all__ = ["Book", "Subject", "Ties", "listed", "own_parameters", "twin_pairs", "untied_by_config"]
 
@@ -140,19 +140,22 @@ def untied_by_config(model: nn.Module) -> list[tuple[str, str]]:
             first, second = (getattr(module, f"get_{x}_embeddings")() for x in ("input", "output"))
         except (AttributeError, NotImplementedError, TypeError):
             continue
-        a, b = getattr(first, "weight", None), getattr(second, "weight", None)
-        if isinstance(a, Tensor) and isinstance(b, Tensor) and a is not b and a.shape == b.shape:
+        if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
+            continue
+        a, b = weight_of(first), weight_of(second)
+        if a is not None and b is not None and a is not b and a.shape == b.shape:
             places = (names.get(id(part), name) for part in (first, second))
             one, other = (f"{place}.weight" for place in places)
             found.append((one, other))
     return found
 
 
-def twin_pairs(model: nn.Module) -> list[tuple[str, str, Tensor, Tensor]]:
+def twin_pairs(model: nn.Module) -> list[tuple[str, str, Parameter, Parameter]]:
     """Embeddings and linear maps of one shape: two parameters that may be meant as one."""
-    modules = module_names(model).items()
-    embeddings = [(f"{n}.weight", m.weight) for n, m in modules if isinstance(m, nn.Embedding)]
-    maps = [(f"{n}.weight", m.weight) for n, m in modules if isinstance(m, nn.Linear)]
+    weights = {name: (part, weight_of(part)) for name, part in module_names(model).items()}
+    known = [(f"{name}.weight", part, w) for name, (part, w) in weights.items() if w is not None]
+    embeddings = [(name, weight) for name, part, weight in known if isinstance(part, nn.Embedding)]
+    maps = [(name, weight) for name, part, weight in known if isinstance(part, nn.Linear)]
     pairs = [
         (one, other, a, b)
         for one, a in embeddings

@@ -9,6 +9,7 @@ from torch.nn import Parameter, functional
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.wiring_parameters import Subject, own_parameters, twin_pairs
+from lightning_diag.components import weight_of
 from lightning_diag.functional.moments import gathered, local_shard
 from lightning_diag.functional.wiring_check import magnitudes
 
@@ -40,7 +41,7 @@ class Moved:
         """
         if self._first is None:
             rows = (nn.Embedding, nn.EmbeddingBag)
-            skipped = {id(m.weight) for m in model.modules() if isinstance(m, rows)}
+            skipped = {id(weight_of(part)) for part in model.modules() if isinstance(part, rows)}
             self.subjects = [x for x in subjects if id(x.parameter) not in skipped]
         now = [_fingerprint(x.parameter) for x in self.subjects]
         if not now:

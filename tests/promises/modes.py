@@ -50,6 +50,8 @@ QUICK = {
     "no_loss": Mode(partial(Classifier, nothing_at=1)),
     "tied": Mode(partial(Classifier, tied=True)),
     "sparse": Mode(partial(Classifier, sparse=True)),
+    "spectral": Mode(partial(Classifier, spectral=True)),
+    "bf16_true": Mode(Classifier, partial(dict, precision="bf16-true")),
     "manual": Mode(Manual),
     "two_optimizers": Mode(TwoOptimizers),
 }

@@ -16,7 +16,7 @@ TOKENS, WIDTH = 16, 8
 class Net(nn.Module):
     """Dropout draws random numbers, the normalization keeps buffers, one layer is never reached."""
 
-    def __init__(self, *, sparse: bool = False, tied: bool = False) -> None:
+    def __init__(self, *, sparse: bool = False, tied: bool = False, spectral: bool = False) -> None:
         super().__init__()
         self.embed = nn.Embedding(TOKENS, WIDTH, sparse=sparse)
         self.attend = nn.MultiheadAttention(WIDTH, 2, dropout=0.1, batch_first=True)
@@ -28,6 +28,9 @@ class Net(nn.Module):
         self.unused = nn.Linear(2, 2)
         if tied:
             self.head.weight = self.embed.weight
+        if spectral:
+            # each look at its weight goes on with the power iteration
+            nn.utils.parametrizations.spectral_norm(self.head)
 
     def forward(self, tokens: Tensor) -> Tensor:
         words = self.embed(tokens)
@@ -43,6 +46,7 @@ class Classifier(LightningModule):
         *,
         sparse: bool = False,
         tied: bool = False,
+        spectral: bool = False,
         fused: bool = False,
         backend: str | None = None,
         spike_at: int | None = None,
@@ -50,7 +54,7 @@ class Classifier(LightningModule):
         prog_bar: bool = False,
     ) -> None:
         super().__init__()
-        net = Net(sparse=sparse, tied=tied)
+        net = Net(sparse=sparse, tied=tied, spectral=spectral)
         self.net = net if backend is None else torch.compile(net, backend=backend)
         self.sparse, self.fused = sparse, fused
         self.spike_at, self.nothing_at = spike_at, nothing_at
