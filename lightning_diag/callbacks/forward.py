@@ -1,5 +1,6 @@
 """One batch's forward, watched from inside; what is compiled is watched in an eager copy of it."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -91,7 +92,14 @@ class _WatchedStep:
         self._original = module.training_step
         self._own = vars(module).get("training_step")
         self._module = module
-        module.training_step = self._run  # type: ignore[method-assign]
+
+        @functools.wraps(self._original)
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
+        # Lightning looks one level below decorators to know what to pass: there must stand the same
+        stand_in.__wrapped__ = getattr(self._original, "__wrapped__", self._original)
+        module.training_step = stand_in  # type: ignore[method-assign]
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._give_back()

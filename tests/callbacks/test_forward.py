@@ -1,5 +1,6 @@
 """A forward is watched once, from inside, and training is the same with and without it."""
 
+import functools
 from contextlib import contextmanager
 
 import pytest
@@ -146,6 +147,51 @@ def test_an_own_training_step_of_the_instance_comes_back(data, tmp_path):
     module.training_step = mine
     fit(module, [Outputs()], data, tmp_path)
     assert vars(module)["training_step"] is mine
+
+
+class OneArgument(Task):
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+class ByKeyword(Task):
+    def training_step(self, batch, *, batch_idx=0):
+        return super().training_step(batch, batch_idx)
+
+
+class Iterates(Task):
+    def training_step(self, dataloader_iter):
+        batch, batch_idx, _ = next(dataloader_iter)
+        return super().training_step(batch, batch_idx)
+
+
+def logged(step):
+    @functools.wraps(step)
+    def run(self, *args, **kwargs):
+        return step(self, *args, **kwargs)
+
+    return run
+
+
+class Decorated(Task):
+    @logged
+    def training_step(self, batch):
+        return super().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("kind", [OneArgument, ByKeyword, Iterates, Decorated])
+@pytest.mark.parametrize("own", [False, True], ids=["method", "attribute"])
+def test_lightning_passes_what_the_users_step_takes(kind, own, data, tmp_path):
+    weights = []
+    for name, callbacks in {"a": [], "b": [Outputs()]}.items():
+        module = kind()
+        if own:
+            module.training_step = module.training_step
+        torch.manual_seed(1)
+        fit(module, callbacks, data, tmp_path / name)
+        weights.append(module.net.a.weight)
+    assert torch.equal(*weights)
+    assert len(callbacks[0].seen) == 3 * len(NAMES)
 
 
 def test_the_first_batch_of_an_accumulated_step_is_watched(data, tmp_path):

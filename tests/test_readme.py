@@ -1,0 +1,278 @@
+"""Whatever a run leaves on disk, and whatever has a public name, is explained in README.md."""
+
+import ast
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import lightning_diag
+from lightning_diag import (
+    ActivationHealth,
+    AttentionCapture,
+    BlobMetrics,
+    CollapseStop,
+    ComponentProfiler,
+    GradientHealth,
+    HardwareMonitor,
+    HealthAlerts,
+    LatentStats,
+    RunLogger,
+    UpdateRatio,
+    WiringCheck,
+)
+from lightning_diag.callbacks.base import Diagnostic
+from lightning_diag.lightning import LightningModule, Trainer
+from lightning_diag.report import write_report
+from lightning_diag.rules.registry import RULES
+from lightning_diag.suites import SUITES
+from tests.promises.networks import Classifier, TwoOptimizers, batches
+from tests.strangers.projects import LENGTH, Autoencoder, Bert, digits, loader, sentences
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EVERYWHERE = {"step", "epoch", "time", "attempt", "component"}
+BROKEN_FROM = 12
+
+
+def quoted(text: str) -> set[str]:
+    """What stands between backticks."""
+    return set(re.findall(r"`([^`\n]+)`", text))
+
+
+def first_cells(text: str) -> set[str]:
+    """What stands between backticks in the first column of tables."""
+    return quoted("\n".join(line.split("|")[1] for line in text.splitlines() if line[:1] == "|"))
+
+
+def section(title: str) -> str:
+    """The text below a heading of the second level."""
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+BLOCKS = {
+    name: first_cells(text)
+    for name, text in re.findall(
+        r"<details><summary>The columns of (\w+)\.jsonl</summary>(.*?)</details>", README, re.S
+    )
+}
+FILES = first_cells(section("What is in a run"))
+CLASSES = [
+    name
+    for name in lightning_diag.__all__
+    if isinstance(kind := getattr(lightning_diag, name), type) and issubclass(kind, Diagnostic)
+]
+
+
+class Pictures(Autoencoder):
+    """Has hyper-parameters and numbers of its own; its loss is lost for good at some step."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.breaks = breaks
+
+    def diagnostics(self) -> dict[str, object]:
+        return {"width": 3, "weight": self.decoder[0].weight}
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.breaks and self.global_step >= BROKEN_FROM else loss
+
+
+class Miswired(Classifier):
+    """A saturated sigmoid, a softmax too many, a cut graph, and a rate that moves nothing."""
+
+    def loss(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        tokens, labels = batch
+        scores = torch.sigmoid(100 * self.net(tokens)).detach() + self.net.head.bias
+        return F.cross_entropy(scores.softmax(-1) + 0 * self.net.norm.bias.sum(), labels)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-12)
+
+
+def diagnostics(**options: dict[str, object]) -> list[Diagnostic]:
+    """All of them, with everything on that adds rows."""
+    made = {
+        GradientHealth: {"zeros_every": 1, "per_parameter": True, "histogram": True},
+        WiringCheck: {},
+        CollapseStop: {"every_n_steps": 1},
+        HardwareMonitor: {"sample_seconds": 0.05, "flops_per_sample": 1e6, "peak_flops": 1e12},
+        UpdateRatio: {"per_parameter": True, "every_n_steps": 2},
+        ComponentProfiler: {"table": False, "count_every": 2},
+        AttentionCapture: {"components": {"all": "*"}, "maps": 2},
+        ActivationHealth: {"window": 1},
+        LatentStats: {},
+        BlobMetrics: {},
+        HealthAlerts: {"console": False},
+    }
+    return [
+        kind(
+            **{
+                "every_n_steps": 5,
+                "on_error": "raise",
+                **arguments,
+                **options.get(kind.__name__, {}),
+            }
+        )
+        for kind, arguments in made.items()
+    ]
+
+
+def train(
+    path: Path,
+    model: LightningModule,
+    data: DataLoader,
+    watched: list[Diagnostic],
+    **arguments: object,
+) -> None:
+    trainer = Trainer(
+        **{
+            "max_steps": 20,
+            "limit_train_batches": 12,
+            "limit_val_batches": 1,
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": RunLogger(path),
+            "callbacks": watched,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            **arguments,
+        }
+    )
+    trainer.fit(model, data, digits() if isinstance(model, Pictures) else None)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A healthy run, one with attention, one that is lost, and two that are wired oddly."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("runs")
+    pair = {"pairs": {"body": ["net.body.0.weight", "net.body.3.weight"]}}
+    attention = {
+        "capture": {"first": "bert.bert.encoder.layer.0.attention.self"},
+        "key_names": {"first": [f"word {place}" for place in range(LENGTH)]},
+    }
+    jobs = {
+        "healthy": (partial(Pictures, breaks=False), digits(), {}, {"gradient_clip_val": 0.1}),
+        "attention": (Bert, loader(*sentences()), {"AttentionCapture": attention}, {}),
+        "lost": (
+            partial(Pictures, breaks=True),
+            digits(),
+            {"CollapseStop": {"action": "rollback"}},
+            {},
+        ),
+        "two": (TwoOptimizers, batches(12), {"BlobMetrics": pair}, {}),
+        "miswired": (
+            Miswired,
+            batches(12),
+            {"BlobMetrics": pair, "CollapseStop": {"action": "warn"}},
+            {},
+        ),
+    }
+    for name, (model, data, options, arguments) in jobs.items():
+        train(folder / name, model(), data, diagnostics(**options), **arguments)
+    write_report(folder / "attention")
+    return [folder / name for name in jobs]
+
+
+def keys_on_disk(runs: list[Path]) -> dict[str, set[str]]:
+    """Every key of every file of rows."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for file in (run / "records").glob("*.jsonl"):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                found.setdefault(file.stem, set()).update(json.loads(line))
+    del found["metrics"]
+    return found
+
+
+def unexplained(keys: set[str], documented: set[str]) -> Iterator[str]:
+    for key in sorted(keys - EVERYWHERE):
+        # key_3 is explained where key_1 is
+        first = re.sub(r"^(key|mass|name)_\d+$", r"\1_1", key)
+        if not {first, first.removesuffix("_nonfinite")} & documented:
+            yield key
+
+
+def test_every_key_of_every_row_is_explained(runs: list[Path]) -> None:
+    found = keys_on_disk(runs)
+
+    missing = {name: [*unexplained(keys, BLOCKS.get(name, set()))] for name, keys in found.items()}
+
+    assert {name: keys for name, keys in missing.items() if keys} == {}
+    # the runs show what they are there for
+    assert {"attention_query", "component_internal", "health_alert"} <= found.keys()
+    assert {"optimizer", "looks", "component_share"} <= found["wiring"]
+    assert {"jumped", "first_never_changed"} <= found["update"]
+    assert {"restored_step", "loss_nonfinite"} <= found["collapse"]
+
+
+def test_no_file_of_rows_is_explained_that_none_writes(runs: list[Path]) -> None:
+    assert keys_on_disk(runs).keys() == BLOCKS.keys()
+
+
+def test_every_file_of_a_run_is_listed(runs: list[Path]) -> None:
+    found = {
+        re.sub(r"step_\d{6}", "step_XXXXXX", file.relative_to(run).as_posix())
+        for run in runs
+        for file in run.rglob("*")
+        if file.is_file()
+    }
+
+    assert sorted(found - FILES) == []
+    assert {"collapse_report.json", "results.json", "attention/step_XXXXXX.npz"} <= found
+    assert {"config.yaml", "analysis/report.html", "analysis/attention_entropy.png"} <= found
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_logged_key_is_explained(name: str) -> None:
+    # those of a GPU or a gradient scaler too, which these runs cannot show
+    kind = getattr(lightning_diag, name)
+
+    assert [*unexplained(set(kind.logged), BLOCKS[kind.prefix])] == []
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_diagnostic_is_in_the_table(name: str) -> None:
+    assert name in first_cells(section("What it measures").partition("\n### ")[0])
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_is_described(name: str) -> None:
+    lines = [line for line in README.splitlines() if line.startswith('| `"')]
+    order = [re.findall(r"`\"?(\w+)\"?`", line) for line in lines]
+    described = {}
+    for own, *more in order:
+        described[own] = {kind for holds in described.values() for kind in holds} | set(more)
+
+    assert described[name] == set(SUITES[name])
+
+
+@pytest.mark.parametrize("id", RULES)
+def test_every_rule_is_described(id: str) -> None:
+    assert id in first_cells(section("What it finds"))
+
+
+def test_every_rule_that_is_described_is_there() -> None:
+    assert first_cells(section("What it finds")) == RULES.keys()
+
+
+def test_the_examples_are_python() -> None:
+    examples = re.findall(r"```python\n(.*?)```", README, re.S)
+
+    assert examples
+    for example in examples:
+        ast.parse(example)
