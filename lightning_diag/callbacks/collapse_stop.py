@@ -474,7 +474,7 @@ class CollapseStop(Diagnostic):
             trainer,
             verdict,
             diagnostic=type(self).__name__,
-            action=self.action,
+            action="stop",
             rollbacks=len(self._rollbacks),
         )
         if self.action == "rollback" and self._snapshot is not None:

@@ -28,9 +28,11 @@ from lightning_diag.rules.wiring_losses import (
 )
 from lightning_diag.rules.wiring_parameters import (
     FrozenInOptimizer,
+    FrozenWeights,
     UnoptimizedParameter,
     UnusedParameter,
     frozen_in_optimizer,
+    frozen_weights,
     unoptimized_parameter,
     unused_parameter,
 )
@@ -40,6 +42,7 @@ __all__ = [
     "DoubleSoftmax",
     "EvalModeInTraining",
     "FrozenInOptimizer",
+    "FrozenWeights",
     "InputScale",
     "LossTargetMismatch",
     "MissingZeroGrad",
@@ -53,6 +56,7 @@ __all__ = [
     "double_softmax",
     "eval_mode_in_training",
     "frozen_in_optimizer",
+    "frozen_weights",
     "input_scale",
     "loss_target_mismatch",
     "missing_zero_grad",

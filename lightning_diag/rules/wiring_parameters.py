@@ -12,9 +12,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FrozenInOptimizer",
+    "FrozenWeights",
     "UnoptimizedParameter",
     "UnusedParameter",
     "frozen_in_optimizer",
+    "frozen_weights",
     "unoptimized_parameter",
     "unused_parameter",
 ]
@@ -109,6 +111,45 @@ def frozen_in_optimizer(wiring: "pl.DataFrame", thresholds: FrozenInOptimizer) -
                 observed=fault.share,
                 threshold=0.0,
                 unit=_SHARE,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class FrozenWeights:
+    """Thresholds of `frozen_weights`."""
+
+    min_steps: float = field(default=100, metadata={"unit": "steps between the looks"})
+
+
+@rule(
+    "frozen_weights",
+    family="wiring",
+    needs="wiring",
+    thresholds=FrozenWeights,
+    reference="A step must move what it has a gradient for; Micikevicius et al. 2018, section 3.1.",
+)
+def frozen_weights(wiring: "pl.DataFrame", thresholds: FrozenWeights) -> list[Finding]:
+    """Parameters that get a gradient, are in an optimizer, and have not moved since the start.
+
+    A warm-up that starts at zero moves nothing for a while: looks close to the start do not count.
+    """
+    found = []
+    for fault in faults(wiring, "frozen_weights"):
+        steps = int(fault.last["step"])
+        if steps < thresholds.min_steps:
+            continue
+        found.append(
+            fault.finding(
+                "warning",
+                f"{_count(fault)} ({fault.names}) get a gradient and are in an optimizer, and have "
+                f"the same values at step {steps} as at the start. They learn nothing.",
+                "See whether their learning rate is zero, whether something puts them back after "
+                "each step, or whether half precision weights swallow updates that are too small.",
+                observed=float(steps),
+                threshold=thresholds.min_steps,
+                unit="steps without a change",
             )
         )
     return found

@@ -16,6 +16,8 @@ IDS = [
     *("input_scale", "nonfinite_data", "loss_target_mismatch", "wrong_reduction"),
     "double_softmax",
 ]
+# judged by a step that is far from the start, and tested for itself
+LATE = "frozen_weights"
 
 
 def row(check, step, state="wrong", **more):
@@ -42,7 +44,7 @@ def test_yaml_repeats_the_python_defaults():
         if one.family == "wiring"
     }
     assert written == python
-    assert set(written) == set(IDS)
+    assert set(written) == {*IDS, LATE}
     lines = [line for line in YAML.read_text().splitlines() if line.startswith("  ")]
     assert all("#" in line for line in lines)
 
@@ -223,3 +225,16 @@ def test_odd_rows_are_survived():
     for id in IDS:
         for kind in (None, "?"):
             judge(*looks(id, kind=kind))
+
+
+@pytest.mark.parametrize(("last", "found"), [(2, 0), (99, 0), (100, 1), (499, 1)])
+def test_weights_that_never_moved(last, found):
+    more = {"kind": "same values", "looks": 3, **PARAMETERS}
+    rows = [row(LATE, step, **more) for step in (1, 2, last)]
+    said = judge(*rows)
+    assert len(said) == found
+    if found:
+        assert said[0].severity == "warning"
+        assert f"the same values at step {last} as at the start" in said[0].message
+        assert "`a`, `b`" in said[0].message
+        assert judge(*rows, row(LATE, last + 500, "ok", count=0)) == []
