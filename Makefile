@@ -43,7 +43,7 @@ $(READY): $(RUNS)
 
 # threads that wait asleep: on a machine that is busy, waiting in a loop makes a step ten times slower
 demo: $(RUNS)
-	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer run_dir=$(DEMO) \
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer callbacks=full run_dir=$(DEMO) \
 	  callbacks.gradient_health.every_n_steps=10
 	@$(BIN)/lightning-diag report $(DEMO) --no-fail
 

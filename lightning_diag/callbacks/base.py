@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.clock import Clock, Read
-from lightning_diag.callbacks.forward import Inside, Watch, watch_training_step
+from lightning_diag.callbacks.forward import Inside, Passing, Watch, watch_training_step
 from lightning_diag.callbacks.pace import Interval, Pace, check_interval
 from lightning_diag.callbacks.run import add_run_logger, run_logger
 from lightning_diag.components import Assignment, Components, Patterns
@@ -45,7 +45,7 @@ def _isolated(
         nothing: dict[str, Any] | None = {} if hook.__name__ == "state_dict" else None
         if self._ended and not owes and hook.__name__ != "setup":
             return nothing
-        self._inside, start = True, perf_counter()
+        self._inside, self._entered = True, perf_counter()
         try:
             return hook(self, *args, **kwargs)
         except Exception as error:
@@ -53,7 +53,7 @@ def _isolated(
             return nothing
         finally:
             self._inside = False
-            self._seconds += perf_counter() - start
+            self._seconds += perf_counter() - self._entered
 
     functools.update_wrapper(run, hook)
     return run
@@ -117,6 +117,7 @@ class Diagnostic(Callback):
         self.on_error = on_error
         self.overhead_budget = overhead_budget
         self._inside = False
+        self._entered = 0.0
         self._ended = False
         self._error: Exception | None = None
         self._sharded = False
@@ -205,9 +206,12 @@ class Diagnostic(Callback):
         isolated = _isolated(hook)
 
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+            # what Dynamo traces stays in the compiled code: it must be as without us
+            if torch.compiler.is_compiling():
+                return None
             return isolated(self, *args, **kwargs)
 
-        return run
+        return Passing(run)
 
     def hold(self, *handles: RemovableHandle) -> None:
         """Keep hooks that `release` removes, whatever happens."""
@@ -392,7 +396,8 @@ class Diagnostic(Callback):
         if self._pending:
             ranks_choose = self._gathers and self.every_n_steps == "auto"
             self.collect(wait=ranks_choose or trainer.is_last_batch)
-        if self._clock.stop(self._seconds):
+        # what this very hook has taken so far belongs to the batch too
+        if self._clock.stop(self._seconds + perf_counter() - self._entered):
             if self.every_n_steps == "auto":
                 chosen = self._clock.interval(self.overhead_budget)
                 self._pace.interval = chosen or self._pace.interval

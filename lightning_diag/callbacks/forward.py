@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from lightning_diag.components import module_names
 from lightning_diag.lightning import LightningModule
 
-__all__ = ["Inside", "Scope", "Watch", "watch_training_step"]
+__all__ = ["Inside", "Passing", "Scope", "Watch", "watch_training_step"]
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Scope:
     live: bool = True
 
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 Inside = Callable[[Scope], AbstractContextManager[object]]
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -65,6 +67,30 @@ class Watch:
         self.removed = True
 
 
+class Passing(Generic[_P, _T]):
+    """A function that hangs on a module for one step: copies of the module get one without effect.
+
+    Args:
+        function: What is called.
+    """
+
+    def __init__(self, function: Callable[_P, _T]) -> None:
+        self._function = function
+
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return self._function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return without_effect
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (without_effect,)
+
+
+def without_effect(*args: object, **kwargs: object) -> None:
+    """What hangs on a copy of a module where one of our hooks hung on the module itself."""
+
+
 def watch_training_step(
     module: LightningModule, inside: Inside, guard: Guard, *, shadows: bool = True
 ) -> Watch:
@@ -84,51 +110,70 @@ def watch_training_step(
     return watch
 
 
+class _StandIn:
+    """In the place of ``training_step``; a copy of the module gets the method of its own class."""
+
+    def __init__(self, step: "_WatchedStep", original: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)
+        # Lightning looks one level below decorators to know what to pass: there must stand the same
+        self.__wrapped__ = getattr(original, "__wrapped__", original)
+        self._step = step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step.carry_out(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        module = self._step.module
+        copied = memo.get(id(module))
+        if copied is None:
+            return self._step.original
+        return functools.partial(type(module).training_step, copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        module = self._step.module
+        return functools.partial, (type(module).training_step, module)
+
+
 class _WatchedStep:
-    """Stands in for ``training_step`` until it is called once."""
+    """What happens around ``training_step`` when it is called next, once."""
 
     def __init__(self, module: LightningModule) -> None:
         self.watches: list[Watch] = []
-        self._original = module.training_step
+        self.module = module
+        self.original = module.training_step
         self._own = vars(module).get("training_step")
-        self._module = module
+        # not `setattr`, which a module may have made its own
+        vars(module)["training_step"] = _StandIn(self, self.original)
 
-        @functools.wraps(self._original)
-        def stand_in(*args: Any, **kwargs: Any) -> Any:
-            return self._run(*args, **kwargs)
-
-        # Lightning looks one level below decorators to know what to pass: there must stand the same
-        stand_in.__wrapped__ = getattr(self._original, "__wrapped__", self._original)
-        module.training_step = stand_in  # type: ignore[method-assign]
-
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def carry_out(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the step within all contexts."""
         self._give_back()
         watches = [watch for watch in self.watches if not watch.removed]
-        roots = _compiled_roots(self._module)
+        roots = _compiled_roots(self.module)
         below = {id(part) for root in roots.values() for part in root.modules()}
-        names = module_names(self._module)
-        fast = _fast_path(self._module)
-        left_out = below | fast | _scripted(self._module)
+        names = module_names(self.module)
+        fast = _fast_path(self.module)
+        left_out = below | fast | _scripted(self.module)
         eager = {name: part for name, part in names.items() if id(part) not in left_out}
         scope = Scope(eager, shadow=False, compiled=bool(roots), fast_path=bool(fast))
         with ExitStack() as stack:
-            stack.enter_context(_paused_in_backward(self._module, scope))
+            stack.enter_context(_paused_in_backward(self.module, scope))
             for root in roots.values():
                 own = {id(part) for part in root.modules()} - _scripted(root)
                 inside = {name: part for name, part in names.items() if id(part) in own}
                 shadow = Scope(inside, shadow=True, compiled=True)
-                stack.enter_context(_paused_in_backward(self._module, shadow))
+                stack.enter_context(_paused_in_backward(self.module, shadow))
                 stack.enter_context(_shadowed(root, shadow, watches))
             for watch in watches:
                 stack.enter_context(_Isolated(watch, scope))
-            return self._original(*args, **kwargs)
+            return self.original(*args, **kwargs)
 
     def _give_back(self) -> None:
-        _steps.pop(self._module, None)
+        _steps.pop(self.module, None)
         if self._own is None:
-            del self._module.training_step
+            vars(self.module).pop("training_step", None)
         else:
-            self._module.training_step = self._own  # type: ignore[method-assign]
+            vars(self.module)["training_step"] = self._own
 
 
 def _fast_path(model: nn.Module) -> set[int]:
@@ -197,14 +242,14 @@ def _paused_in_backward(module: LightningModule, scope: Scope) -> Iterator[None]
         finally:
             scope.live = True
 
-    module.manual_backward = paused  # type: ignore[method-assign]
+    vars(module)["manual_backward"] = Passing(paused)
     try:
         yield
     finally:
         if own is None:
-            del module.manual_backward
+            vars(module).pop("manual_backward", None)
         else:
-            module.manual_backward = own  # type: ignore[method-assign]
+            vars(module)["manual_backward"] = own
 
 
 def _compiled_roots(model: nn.Module) -> dict[str, nn.Module]:

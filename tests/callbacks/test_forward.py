@@ -1,6 +1,8 @@
 """A forward is watched once, from inside, and training is the same with and without it."""
 
+import copy
 import functools
+import pickle
 from contextlib import contextmanager
 
 import pytest
@@ -272,3 +274,89 @@ def test_fused_layers_are_left_alone(data, tmp_path):
     assert {name for _, name, _ in watch.seen} == {"head"}
     # the layer is not in evaluation mode before its first step
     assert [scope.fast_path for scope in watch.scopes] == [True] * 3
+
+
+class Copies(Task):
+    """Copies itself or its network while it is watched, as a target network or a pool may."""
+
+    def __init__(self, what, how):
+        super().__init__(manual=what == "self in manual step")
+        self.what, self.copied_by = what, how
+        self.copies = []
+
+    def copied(self):
+        part = self if self.what.startswith("self") else self.net
+        trainer, self._trainer = self._trainer, None
+        copies, self.copies = self.copies, []
+        try:
+            return copy.deepcopy(part) if self.copied_by == "deepcopy" else pickle.dumps(part)
+        finally:
+            self._trainer, self.copies = trainer, copies
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.what == "self before the step":
+            self.copies.append(self.copied())
+
+    def training_step(self, batch, batch_idx):
+        if self.what != "self before the step":
+            self.copies.append(self.copied())
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("what", ["net", "self", "self before the step", "self in manual step"])
+def test_a_copy_of_the_module_is_free_of_us(what, how, data, tmp_path):
+    module, watch = Copies(what, how), Outputs()
+    fit(module, [watch], data, tmp_path)
+    seen = len(watch.seen)
+    assert seen == 3 * len(NAMES)
+    for found in module.copies:
+        part = found if how == "deepcopy" else pickle.loads(found)
+        # a copy that was made during a step may carry hooks, which do nothing
+        (part if what == "net" else part.net)(torch.zeros(4, 3))
+        if what != "net":
+            before = part.net.a.weight.clone()
+            part.automatic_optimization = True
+            part.what = "none"
+            assert part.training_step([torch.ones(4, 3)], 0).requires_grad
+            assert torch.equal(part.net.a.weight, before)
+    assert len(watch.seen) == seen
+
+
+class Strict(Task):
+    def __setattr__(self, name, value):
+        if name in ("training_step", "manual_backward"):
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_a_module_that_takes_no_new_attributes(data, tmp_path):
+    watch = Outputs()
+    fit(Strict(), [watch], data, tmp_path)
+    assert len(watch.seen) == 3 * len(NAMES)
+
+
+class CompiledMethod(Task):
+    """A compiled function, which no module knows of, calls the modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.go = torch.compile(lambda x: self.net(x).square().mean(), backend="aot_eager")
+
+    def training_step(self, batch, batch_idx):
+        return self.go(batch[0])
+
+
+def test_a_compiled_function_is_compiled_as_without_us(data, tmp_path):
+    left = []
+    for name, callbacks in {"a": [], "b": [Outputs(every_n_steps=1)]}.items():
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        module = CompiledMethod()
+        torch.manual_seed(1)
+        fit(module, callbacks, data, tmp_path / name)
+        counters = torch._dynamo.utils.counters
+        breaks = sum(counters["graph_break"].values())
+        left.append((module.net.a.weight, counters["stats"]["unique_graphs"], breaks))
+    assert torch.equal(left[0][0], left[1][0])
+    assert left[0][1:] == left[1][1:]

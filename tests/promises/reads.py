@@ -29,7 +29,7 @@ _FUNCTIONS = {
     *("__bool__", "__float__", "__int__", "__index__", "__complex__"),
 }
 # functions of ours that call what the user would have called
-_PASSAGES = {"stand_in", "_run", "__torch_function__", "__torch_dispatch__"}
+_PASSAGES = {"carry_out", "paused", "__torch_function__", "__torch_dispatch__"}
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_post_accumulate_grad_hooks", "_state_dict_hooks"),
