@@ -1,6 +1,7 @@
 """The report on a terminal."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.section import Section, Table
@@ -17,6 +18,7 @@ _COLOURS = {"critical": "bold red", "warning": "bold yellow", "info": "cyan"}
 _STATES = {"healthy": "bold green", "critical": "bold red"}
 _WIDE = 100
 _ROWS = 20  # of a table; the page has them all
+_GAP = 2  # characters between two columns
 
 
 def print_summary(report: Report, console: "Console") -> None:
@@ -60,10 +62,10 @@ def _print_section(section: Section, console: "Console") -> None:
     for line in section.lines:
         console.print(Text(line.replace("`", "")))
     for table in section.tables:
-        console.print(_cells(table))
+        console.print(_cells(table, console.width))
 
 
-def _cells(table: Table) -> object:
+def _cells(table: Table, width: int) -> object:
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -71,14 +73,40 @@ def _cells(table: Table) -> object:
     drawn = RichTable(
         title=title, title_justify="left", box=None, pad_edge=False, header_style="dim"
     )
-    for number, name in enumerate(table.columns):
-        left = number < table.left
-        drawn.add_column(Text(name), justify="left" if left else "right", overflow="fold")
-    for row in table.rows[:_ROWS]:
-        drawn.add_row(*(Text(cell) for cell in row))
-    if len(table.rows) > _ROWS:
-        drawn.caption = f"{len(table.rows) - _ROWS} more in the report"
+    rows = [[_shortened(row[0], width // 3), *row[1:]] for row in table.rows[:_ROWS]]
+    widths = _widths(table.columns, rows)
+    shown = max(2, sum(sum(widths[: count + 1]) <= width for count in range(len(widths))))
+    for number, name in enumerate(table.columns[:shown]):
+        justify: Literal["left", "right"] = "left" if number < table.left else "right"
+        least = min(widths[number] - _GAP, width // 2)
+        drawn.add_column(Text(name), justify=justify, overflow="fold", min_width=least)
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row[:shown]))
+    more = [
+        f"{number} more {what}{'s' * (number != 1)}"
+        for number, what in (
+            (len(table.rows) - len(rows), "row"),
+            (len(table.columns) - shown, "column"),
+        )
+        if number > 0
+    ]
+    if more:
+        drawn.caption = f"{' and '.join(more)} in the report"
+        drawn.caption_justify = "left"
     return drawn
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    """What each column needs, with the gap to the next; headings may break between words."""
+    return [
+        _GAP + max([*map(len, name.split()), *(len(row[number]) for row in rows)], default=0)
+        for number, name in enumerate(columns)
+    ]
+
+
+def _shortened(name: str, width: int) -> str:
+    # the end of a dotted name says more than its beginning
+    return name if len(name) <= width or " " in name else f"…{name[-(width - 1) :]}"
 
 
 def _table(components: list[ComponentNorms], *, wide: bool) -> object:

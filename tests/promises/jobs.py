@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from lightning_diag import GradientHealth, RunLogger
 from lightning_diag.lightning import PACKAGE, Callback, LightningModule, Trainer
-from tests.promises.cases import build
+from tests.promises.cases import DIAGNOSTICS, build
 from tests.promises.modes import MODES
 from tests.promises.networks import TOKENS, Classifier, batches
 from tests.promises.trace import QUIET, plain, seed, train
@@ -76,8 +76,9 @@ def train_for_long(folder: Path, resume: bool, steps: int = STEPS, own_logger: b
         "logger": RunLogger(folder / "run") if own_logger else False,
         "default_root_dir": folder,
     }
-    diagnostic = GradientHealth(every_n_steps=1, on_error="raise")
-    trainer = Trainer(callbacks=[diagnostic, checkpoint], **options)
+    names = [name for name in DIAGNOSTICS if name != "gradient_health_parts"]
+    diagnostics = [one for name in names for one in build(name, every_n_steps=1)]
+    trainer = Trainer(callbacks=[*diagnostics, checkpoint], **options)
     last = folder / "checkpoints" / "last.ckpt"
     module = Stepwise()
     trainer.fit(

@@ -14,6 +14,12 @@ from tests.promises.trace import differences
 pytestmark = [pytest.mark.distributed, needs_fork]
 
 _OF_THE_RUN = ("time", "attempt")
+# what is measured in seconds or bytes, or is about the machine, is never the same twice; and
+# the first look at the wiring after a resume says of some checks that it does not know yet
+REPEATABLE = (
+    *("grad", "grad_parameter", "grad_histogram", "update", "update_parameter", "activation"),
+    *("latent", "attention", "attention_head", "collapse", "health", "health_alert"),
+)
 
 
 def rows(folder, prefix="grad"):
@@ -62,18 +68,21 @@ def test_an_uninterrupted_run_has_every_row(whole):
 def test_killed_twice_and_resumed(number, whole, tmp_path):
     # seven rows a step and seven steps a checkpoint: before the first one, and after the second
     draw = random.Random(number)
-    reference = [filled(row) for row in rows(whole)]
+    reference = {name: [filled(row) for row in rows(whole, name)] for name in REPEATABLE}
+    assert all(reference.values())
     for time_killed, resume in enumerate((False, True), start=1):
         kill_after(tmp_path, draw.randint(10, 100), resume)
         torn = number == 1
         if torn:
             tear(tmp_path)
-        found = [filled(row) for row in rows(tmp_path)]
-        assert found
-        assert found == reference[: len(found)]
+        assert rows(tmp_path)
+        for name, wanted in reference.items():
+            found = [filled(row) for row in rows(tmp_path, name)]
+            assert found == wanted[: len(found)], name
         assert read_run(tmp_path / "run").torn.get("grad", 0) == torn * time_killed
     run(train_for_long, tmp_path, True)
-    assert [filled(row) for row in rows(tmp_path)] == reference
+    for name, wanted in reference.items():
+        assert [filled(row) for row in rows(tmp_path, name)] == wanted, name
     weights = [torch.load(folder / "weights.pt") for folder in (whole, tmp_path)]
     assert not differences(*weights)
 

@@ -128,3 +128,23 @@ def test_points_by_component(write_run):
     frame = write_run({"latent": rows}).frame("latent")
     assert points_by(frame, "x") == {"a": [(1, None), (3, 1.0)], "whole model": [(1, 2.0)]}
     assert points_by(frame, "y") == {}
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_a_table_fits_the_terminal_without_breaking_a_cell(
+    write_run, healthy_rows, registered, width
+):
+    names = [f"model.encoder.layers.{i}.feed_forward.activation" for i in range(25)]
+    columns = ("module", *(f"some number {i}" for i in range(9)))
+    rows = [(name, *("123.45 %",) * 9) for name in names]
+    registered(odd=lambda run: Section("Odd", tables=(Table(columns, rows),)))
+    stream = io.StringIO()
+    report = write_report(write_run(healthy_rows))
+    print_summary(report, Console(file=stream, width=width))
+    text = stream.getvalue().partition("Odd")[2].partition("Verdict")[0]
+    lines = [line for line in text.splitlines() if "activation" in line]
+    assert len(lines) == 20
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all("feed_forward.activation"[-8:] in line and "123.45 %" in line for line in lines)
+    assert "5 more rows" in text
+    assert ("columns in the report" in text) == (width < 140)
