@@ -136,7 +136,11 @@ def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | 
     if panel.domain is not None:
         scale = alt.Scale(domain=list(panel.domain), type="log" if panel.log else "linear")
     up = alt.Y("y:Q", title=panel.label, scale=scale, axis=_axis(panel))
-    legend = None if len(names) == 1 and len(panel.series) == 1 else alt.Legend(title=None)
+    legend = (
+        None
+        if len(names) == 1 and len(panel.series) == 1
+        else alt.Legend(title=None, symbolType="stroke")
+    )
     dashes = [list(DASHES[index // 5 % len(DASHES)]) for index in range(len(names))]
     base = alt.Chart({"values": rows}).encode(
         x=across,
