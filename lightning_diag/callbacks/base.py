@@ -206,9 +206,6 @@ class Diagnostic(Callback):
         isolated = _isolated(hook)
 
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _T | None:
-            # what Dynamo traces stays in the compiled code: it must be as without us
-            if torch.compiler.is_compiling():
-                return None
             return isolated(self, *args, **kwargs)
 
         return Passing(run)

@@ -1,6 +1,7 @@
 """One batch's forward, watched from inside; what is compiled is watched in an eager copy of it."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -61,10 +62,13 @@ class Watch:
         self.shadows = shadows
         self.guard = guard
         self.removed = False
+        self.step: _WatchedStep | None = None
 
     def remove(self) -> None:
         """Wish no more."""
         self.removed = True
+        if self.step is not None:
+            self.step.give_back_unwanted()
 
 
 class Passing(Generic[_P, _T]):
@@ -77,8 +81,9 @@ class Passing(Generic[_P, _T]):
     def __init__(self, function: Callable[_P, _T]) -> None:
         self._function = function
 
-    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return self._function(*args, **kwargs)
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _T | None:
+        # what Dynamo traces stays in the compiled code: it must be as without us
+        return None if torch.compiler.is_compiling() else self._function(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return without_effect
@@ -101,11 +106,21 @@ def watch_training_step(
         inside: Makes the context of one scope.
         guard: Isolates the code of the diagnostic that asks.
         shadows: Whether compiled parts may be run a second time.
+
+    Raises:
+        TypeError: If the module's class makes ``training_step`` a property, in whose place nothing
+            can stand.
     """
+    own = inspect.getattr_static(type(module), "training_step", None)
+    if inspect.isdatadescriptor(own):
+        raise TypeError(
+            f"`training_step` must be a method to be watched, got {type(own).__name__}."
+        )
     step = _steps.get(module)
     if step is None:
         step = _steps[module] = _WatchedStep(module)
     watch = Watch(inside, guard, shadows)
+    watch.step = step
     step.watches.append(watch)
     return watch
 
@@ -167,6 +182,11 @@ class _WatchedStep:
             for watch in watches:
                 stack.enter_context(_Isolated(watch, scope))
             return self.original(*args, **kwargs)
+
+    def give_back_unwanted(self) -> None:
+        """Stand in no longer where nobody wishes to watch."""
+        if _steps.get(self.module) is self and all(watch.removed for watch in self.watches):
+            self._give_back()
 
     def _give_back(self) -> None:
         _steps.pop(self.module, None)
@@ -284,7 +304,7 @@ def _shadowed(root: nn.Module, scope: Scope, watches: list[Watch]) -> Iterator[N
             watch.guard(_watch_shadow)(watch, scope, root, args, kwargs)
 
     if _is_wrapper(root):
-        handle = root.register_forward_pre_hook(before, with_kwargs=True)
+        handle = root.register_forward_pre_hook(Passing(before), with_kwargs=True)
         try:
             yield
         finally:

@@ -52,8 +52,11 @@ def markdown_page(
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it stands."""
-    flat = " ".join(text.split())
-    return re.sub(r"([\\`*_{}\[\]<>()#!|&~])", r"\\\1", flat)
+    return _escaped(" ".join(text.split()))
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>()#!|&~])", r"\\\1", text)
 
 
 def _prose(text: str) -> str:
@@ -62,7 +65,7 @@ def _prose(text: str) -> str:
     if len(parts) % 2 == 0:
         return _plain(text)
     return "".join(
-        f"`{part.replace('|', '/')}`" if index % 2 else _plain(part)
+        f"`{part.replace('|', '/')}`" if index % 2 else _escaped(part)
         for index, part in enumerate(parts)
     )
 

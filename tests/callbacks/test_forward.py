@@ -360,3 +360,29 @@ def test_a_compiled_function_is_compiled_as_without_us(data, tmp_path):
         left.append((module.net.a.weight, counters["stats"]["unique_graphs"], breaks))
     assert torch.equal(left[0][0], left[1][0])
     assert left[0][1:] == left[1][1:]
+
+
+class Property(Task):
+    @property
+    def training_step(self):
+        return functools.partial(Task.training_step, self)
+
+
+def test_a_step_that_is_a_property_is_not_watched_and_it_is_said(data, tmp_path):
+    watch = Outputs(on_error="warn")
+    module = Property()
+    with pytest.warns(RuntimeWarning, match="must be a method to be watched, got property"):
+        fit(module, [watch], data, tmp_path)
+    assert watch.seen == []
+    assert "training_step" not in vars(module)
+
+
+def test_nothing_stands_in_where_no_step_came(data, tmp_path):
+    class Stops(Task):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 1 else None
+
+    module, watch = Stops(), Outputs()
+    fit(module, [watch], data, tmp_path)
+    assert watch.seen == []
+    assert "training_step" not in vars(module)

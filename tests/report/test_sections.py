@@ -52,6 +52,7 @@ def test_a_section_is_in_every_form(write_run, healthy_rows, registered):
     assert "12 %" in page
     text = report.files["report.md"].read_text()
     assert "## Attention \\& co" in text
+    assert "Mean of `head` is 2\\." in text or "Mean of `head` is 2." in text
     assert "![Attention \\& co](entropy.png)" in text
     assert "| --- | --- | ---: |" in text
     assert HOSTILE not in text
