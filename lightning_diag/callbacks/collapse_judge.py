@@ -53,7 +53,7 @@ class Numbers(NamedTuple):
     def of(cls, step: int, values: Sequence[float], has_scaler: bool) -> "Numbers":
         """From what `merge_steps` gave, as a list."""
         named = dict(zip(STEP_FIELDS, values, strict=False))
-        return cls(step, named, [int(count) for count in values[-BINS:]], has_scaler)
+        return cls(step, named, list(map(int, values[-BINS:])), has_scaler)
 
     @property
     def norm(self) -> float | None:
@@ -152,7 +152,8 @@ class Judge:
             "nonfinite_loss": loss["is_nan"] or loss["is_inf"],
             "nonfinite_gradient": gradient["has_nan_inf"] and not numbers.skipped,
             "exploding_gradient": gradient["is_exploding_grad"] and not numbers.skipped,
-            "vanishing_gradient": gradient["is_zero_grad"],
+            # a loss of exactly 0 has nothing left to teach: every margin is met
+            "vanishing_gradient": gradient["is_zero_grad"] and numbers.loss != 0,
             "loss_spike": loss["is_spike"],
             "constant_prediction": prediction["is_constant"],
             "one_class": prediction["is_mode_collapse"],
@@ -239,10 +240,15 @@ class Judge:
 
     def _loss(self, numbers: Numbers) -> tuple[dict[str, Any], float | None]:
         loss, before = numbers.loss, self._finite_losses
-        # of a mean that is not positive, ten times says nothing
         mean = sum(before) / len(before) if len(before) > 1 else None
         finite = loss is not None and math.isfinite(loss)
-        spike = finite and mean is not None and 0 < mean * self.limits.spike_factor < loss  # type: ignore[operator]
+        # of losses of both signs the mean may be near zero, and ten times it says nothing
+        spike = (
+            mean is not None
+            and min(before) > 0
+            and loss is not None
+            and math.inf > loss > mean * self.limits.spike_factor
+        )
         if loss is not None and finite:
             before.append(loss)
         self.recent["losses"].append(loss)
@@ -274,10 +280,11 @@ class Judge:
             and merged["misses"] > _MISSED * merged["labels"]
         )
         one_class = merged["highest"] == -merged["lowest"]
-        unique = sum(merged["bins"][b] > 0 for b in range(BINS))
+        bins = merged["bins"]
+        total, unique = sum(bins), BINS - bins.count(0)
         # classes beyond the bins share them: two at least, where the ends differ
         unique = unique if one_class or not self._batches else max(2, unique)
-        top = max(merged["bins"]) / sum(merged["bins"]) if sum(merged["bins"]) else None
+        top = max(bins) / total if total else None
         if top is not None and merged["predictions"] >= enough and top < 1 - _OTHERS:
             self.had_classes = True
         judge = self.had_classes or self.judged >= self.limits.class_patience_steps
@@ -365,4 +372,5 @@ def _merged(batches: list[list[float]]) -> dict[str, Any]:
         name: sum(columns[place]) if place < _SUMS else max(columns[place])
         for place, name in enumerate(PREDICTION_FIELDS)
     }
-    return {**merged, "bins": [sum(column) for column in columns[size:]]}
+    merged["bins"] = list(map(sum, columns[size:]))
+    return merged

@@ -350,7 +350,8 @@ class CollapseStop(Diagnostic):
 
     def _see_outputs(self, trainer: Trainer, window: Window, outputs: Any, batch: Any) -> None:
         found = self._finder.find(outputs, batch)
-        window.add_outputs(found, self.max_predictions)
+        raw = not self._gathers and trainer.lightning_module.device.type == "cpu"
+        window.add_outputs(found, self.max_predictions, raw=raw)
         if outputs or not trainer.lightning_module.automatic_optimization:
             self._say_what_is_missing(trainer, found)
 
@@ -380,6 +381,16 @@ class CollapseStop(Diagnostic):
                 self._judged(Numbers.of(window.step, read[len(marks) :], has_scaler))
 
         began = window.began or self.device_began(device)
+        if not self._gathers and device.type == "cpu":
+            values, finish = window.values(trainer)
+
+            def count(read: Tensor) -> None:
+                numbers = finish(read.tolist())
+                if not discard:
+                    self._judged(Numbers.of(window.step, numbers, has_scaler))
+
+            self.read(values, count, None)
+            return
         if not self._gathers:
             self.read(window.numbers(trainer).view(1, -1), judge, began)
             return

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_diag.callbacks.collapse_rows import RawRows, as_read, raw_rows, step_values
 from lightning_diag.callbacks.gradient_rows import (
     gradient_scaler,
     own_parameters,
@@ -45,8 +46,7 @@ class Finder(NamedTuple):
     def find(self, outputs: Any, batch: Any) -> Found:
         """Look into what ``training_step`` returned, and into the batch."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        with torch.no_grad():
-            logits, targets = self._predicted(outputs, batch)
+        logits, targets = self._predicted(outputs, batch)
         values = (loss, logits, targets)
         return Found(*(value if isinstance(value, Tensor) else None for value in values))
 
@@ -54,7 +54,8 @@ class Finder(NamedTuple):
         # a batch that `training_step` passed over leaves nothing
         empty = outputs is None or (isinstance(outputs, Mapping) and not outputs)
         if self.predictions is not None and not empty:
-            return self.predictions(outputs, batch)
+            with torch.no_grad():
+                return self.predictions(outputs, batch)
         if not isinstance(outputs, Mapping):
             return None, None
         targets = outputs.get(self.target_key)
@@ -84,16 +85,27 @@ class Window:
     _predictions: list[Tensor] = field(default_factory=list)
     _squares: dict[int, Tensor] = field(default_factory=dict)
     _scale: Tensor | None = None
+    _raw: list[RawRows | None] = field(default_factory=list)
 
     def has_gradients(self, index: int) -> bool:
         """Whether this optimizer's have been seen: a line search shows them several times."""
         return index in self._squares
 
-    def add_outputs(self, found: Found, most: int) -> None:
-        """Take what one micro-batch has given."""
+    def add_outputs(self, found: Found, most: int, *, raw: bool) -> None:
+        """Take what one micro-batch has given.
+
+        Args:
+            found: What it has given.
+            most: Rows of its logits to look at.
+            raw: Whether `values` will be asked for, and not `numbers`.
+        """
         if found.loss is not None:
             self._losses.append(found.loss)
-        if found.logits is not None:
+        if found.logits is None:
+            return
+        rows = raw_rows(found.logits, found.targets, most) if raw else None
+        self._raw.append(rows)
+        if rows is None:
             self._predictions.append(prediction_numbers(found.logits, found.targets, most))
 
     def add_gradients(
@@ -122,7 +134,7 @@ class Window:
         elsewhere = shared and trainer.global_rank > 0
         if elsewhere and whole is None:
             return
-        gradients = whole or [parameter.grad for parameter in own_parameters(optimizer)]
+        gradients = whole or _gradients(optimizer)
         if elsewhere and not _is_flat(trainer):
             gradients = [
                 x if x is None or isinstance(x, DTensor) else x.new_empty(0) for x in gradients
@@ -139,8 +151,33 @@ class Window:
         """
         if self.failure is not None:
             raise self.failure
-        module = trainer.lightning_module
-        device = module.device
+        device = trainer.lightning_module.device
+        return step_numbers(
+            self._all_squares(trainer, device),
+            torch.ones((), device=device) if self._scale is None else self._scale,
+            self._losses,
+            self._predictions,
+            divided_by=_loss_divisor(trainer),
+        )
+
+    def values(self, trainer: Trainer) -> tuple[Tensor, Callable[[list[float]], list[float]]]:
+        """The same on a CPU: one vector, and what makes of its values what `merge_steps` gives."""
+        home = torch.device("cpu")
+        squares = self._all_squares(trainer, home)
+        numbers = iter(self._predictions)
+        scale = squares.new_ones(1) if self._scale is None else self._scale
+        losses = [loss.detach() for loss in self._losses]
+        pieces = [scale, squares, *(x if x.numel() == 1 else x.double().mean() for x in losses)]
+        for rows in self._raw:
+            pieces += [next(numbers)] if rows is None else rows.tensors
+        divided_by, raw = _loss_divisor(trainer), self._raw
+
+        def finish(read: list[float]) -> list[float]:
+            return step_values(read, len(squares), len(losses), raw, divided_by=divided_by)
+
+        return as_read([x if x.device == home else x.to(home) for x in pieces]), finish
+
+    def _all_squares(self, trainer: Trainer, device: torch.device) -> Tensor:
         wide = torch.float32 if device.type == "mps" else torch.float64
         squares = [
             self._squares[index]
@@ -148,20 +185,29 @@ class Window:
             else torch.full((len(own_parameters(one)),), ABSENT, dtype=wide, device=device)
             for index, one in enumerate(trainer.optimizers)
         ]
-        return step_numbers(
-            torch.cat([x if x.device == device else x.to(device) for x in squares]),
-            torch.ones((), device=device) if self._scale is None else self._scale,
-            self._losses,
-            self._predictions,
-            # Lightning has divided what it hands over
-            divided_by=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
-        )
+        if not squares:
+            return torch.zeros(0, dtype=wide, device=device)
+        return torch.cat([x if x.device == device else x.to(device) for x in squares])
 
     @staticmethod
     def size(trainer: Trainer) -> int:
         """How many numbers there will be, whatever is seen."""
         count = sum(len(own_parameters(optimizer)) for optimizer in trainer.optimizers)
         return len(step_numbers(torch.zeros(count), torch.ones(()), [], []))
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
+    """Those of `own_parameters`, in their order."""
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # the optimizer itself allows a parameter to be there twice
+    own = own if len(set(map(id, own))) == len(own) else own_parameters(optimizer)
+    return [parameter.grad for parameter in own]
+
+
+def _loss_divisor(trainer: Trainer) -> int:
+    # Lightning has divided what it hands over
+    automatic = trainer.lightning_module.automatic_optimization
+    return trainer.accumulate_grad_batches if automatic else 1
 
 
 def _is_flat(trainer: Trainer) -> bool:

@@ -12,13 +12,16 @@ from lightning_diag.functional.moments import gathered, local_shard
 __all__ = [
     "ABSENT",
     "BINS",
+    "IGNORED",
     "PREDICTION_FIELDS",
     "STEP_FIELDS",
     "gradient_squares",
     "merge_predictions",
     "merge_steps",
     "no_predictions",
+    "prediction_columns",
     "prediction_numbers",
+    "prediction_rows",
     "step_numbers",
 ]
 
@@ -34,7 +37,7 @@ STEP_FIELDS = (
 )
 _SUMS, _ENDS = 6, 10
 _COLUMNS = 64
-_IGNORED = -100
+IGNORED = -100
 
 
 def gradient_squares(
@@ -42,8 +45,8 @@ def gradient_squares(
 ) -> Tensor:
     r"""Squared Euclidean norm of each gradient, :math:`\sum_i (g_i / s)^2`, in one pass over them.
 
-    Norms run in the gradient's own precision, single at least: a norm beyond 1.8e19 comes back as
-    infinite, and elements below 1e-23 as zero. A non-finite element shows as ``nan`` or ``inf``.
+    A finite gradient gives a finite number: beyond the largest that there is, that one. A
+    non-finite element shows as ``nan`` or ``inf``.
 
     Args:
         gradients: Gradients of ``n`` parameters: dense, sparse or distributed (this rank's share);
@@ -58,24 +61,19 @@ def gradient_squares(
         >>> gradient_squares([torch.tensor([3.0, 4.0]), None])
         tensor([25., -1.], dtype=torch.float64)
     """
-    parts = [None if x is None else _stored(local_shard(x.detach())) for x in gradients]
-    found = [part for part in parts if part is not None]
-    if not found:
-        return torch.full((len(parts),), ABSENT, dtype=torch.float64)
-    device = found[0].device
-    if all(part.device == device and device.type != "cpu" for part in found):
-        double = any(part.dtype == torch.float64 for part in found)
-        kind = torch.float64 if double else torch.float32
-        squares = _wide(torch.stack(torch._foreach_norm(found, 2, dtype=kind))).square()
-    else:
-        squares = gathered([_wide(_square(part)) for part in found])
+    present = [x for x in gradients if x is not None]
+    if not present:
+        return torch.full((len(gradients),), ABSENT, dtype=torch.float64)
+    found = [x if type(x) is Tensor and _is_plain(x) else _stored(local_shard(x)) for x in present]
+    with torch.no_grad():
+        squares = _squares(found)
     if divisor is not None:
         squares = squares / divisor / divisor
-    if len(found) == len(parts):
+    if len(found) == len(gradients):
         return squares
     # stacked, not indexed: an index would have to travel to the device, which waits for it
     absent, values = squares.new_full((), ABSENT), iter(squares.unbind())
-    return torch.stack([absent if part is None else next(values) for part in parts])
+    return torch.stack([absent if x is None else next(values) for x in gradients])
 
 
 def prediction_numbers(logits: Tensor, targets: Tensor | None = None, most: int = 256) -> Tensor:
@@ -101,7 +99,7 @@ def prediction_numbers(logits: Tensor, targets: Tensor | None = None, most: int 
         numbers of rows, the ends are ``-lowest`` and ``highest`` class, ``-inf`` where there is
         none), then how often each class was predicted, modulo 64. Shape ``(10 + 64,)``.
     """
-    x, labels = _rows(logits.detach(), targets, most)
+    x, labels = prediction_rows(logits.detach(), targets, most)
     if x.numel() == 0:
         return no_predictions(like=x)
     if x.shape[1] == 1:
@@ -196,9 +194,15 @@ def merge_steps(values: Tensor) -> Tensor:
     squares = values[:, width:]
     # a comparison with NaN is false: it is no missing gradient
     present = ~(squares < 0).all(0)
-    norms = torch.where(present, squares.clamp(min=0).sum(0), 0)
+    norms = squares.clamp(min=0).sum(0)
+    # a sum of finite parts is finite
+    largest = torch.finfo(norms.dtype).max
+    norms = torch.where(squares.isinf().any(0), norms, norms.clamp(max=largest))
+    norms = torch.where(present, norms, 0)
+    total_sq = norms.sum()
+    capped = total_sq.clamp(max=largest)
     numbers = [
-        norms.sum(),
+        torch.where(norms.isinf().any(), total_sq, capped),
         present.sum(),
         (present & (norms == 0)).sum(),
         norms.isnan().sum(),
@@ -230,7 +234,7 @@ def _labels(labels: Tensor, width: int) -> _Labels:
         odd = (labels != 0) & (labels != 1)
         return _Labels((labels > 0).long(), no, odd)
     if width == 1:
-        return _Labels((labels > 0).long(), labels == _IGNORED, no)
+        return _Labels((labels > 0).long(), labels == IGNORED, no)
     return _Labels(labels.long(), labels < 0, no)
 
 
@@ -240,11 +244,16 @@ def _ends(classes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return low, torch.where(valid, numbers, -torch.inf).amax()
 
 
+def prediction_columns(x: Tensor) -> Tensor:
+    """At most 64 columns of `x`, shape ``(n, classes)``, evenly spread, in double precision."""
+    width = x.shape[1]
+    return _wide(x if width <= _COLUMNS else x[:, :: math.ceil(width / _COLUMNS)])
+
+
 def _deviations(x: Tensor) -> Tensor:
     """Mean variance of the columns times the degrees of freedom, and these; shape ``(2,)``."""
     freedom = x.shape[0] - 1
-    columns = x[:, :: max(1, math.ceil(x.shape[1] / _COLUMNS))]
-    wide = _wide(columns)
+    wide = prediction_columns(x)
     if freedom == 0:
         return wide.new_zeros(2)
     variance = wide.var(0)
@@ -253,7 +262,9 @@ def _deviations(x: Tensor) -> Tensor:
     return torch.where(mean.isfinite(), found, 0)
 
 
-def _rows(logits: Tensor, targets: Tensor | None, most: int) -> tuple[Tensor, Tensor | None]:
+def prediction_rows(
+    logits: Tensor, targets: Tensor | None, most: int
+) -> tuple[Tensor, Tensor | None]:
     """Logits ``(n, classes)`` and labels ``(n,)`` or ``(n, classes)`` of at most so many rows."""
     x = logits if logits.is_floating_point() else logits.to(torch.float32)
     t = None if targets is None else _at(x.device, targets.detach())
@@ -265,7 +276,7 @@ def _rows(logits: Tensor, targets: Tensor | None, most: int) -> tuple[Tensor, Te
     elif t.shape == x.shape:
         x, t = x.movedim(1, -1), t.movedim(1, -1)
     elif t.shape == x.shape[:1] + x.shape[2:]:
-        x = x.movedim(1, -1)
+        x = x.movedim(1, -1) if x.dim() > 2 else x
     elif t.shape != x.shape[:-1]:
         t = None
     places = math.prod(x.shape[:-1])
@@ -276,24 +287,36 @@ def _rows(logits: Tensor, targets: Tensor | None, most: int) -> tuple[Tensor, Te
         x, t = x[every], None if t is None else t[every]
         places = math.prod(x.shape[:-1])
     width = x.shape[-1]
-    x = x.reshape(places, width)
-    if t is None:
-        return x, None
+    x = x if x.dim() == 2 else x.reshape(places, width)
+    if t is None or t.dim() == 1:
+        return x, t
     return x, t.reshape(places, width) if t.numel() != places else t.reshape(places)
 
 
 # ---- small things ----
 
 
-def _square(x: Tensor) -> Tensor:
-    if x.dtype in (torch.float32, torch.float64):
-        flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
-        return torch.dot(flat, flat)
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
-    return norm.square()
+def _squares(found: list[Tensor]) -> Tensor:
+    devices, kinds = {x.device for x in found}, {x.dtype for x in found}
+    if len(devices) > 1:
+        return gathered([_squares([x]) for x in found]).reshape(-1)
+    (device,) = devices
+    kind = torch.float32 if device.type == "mps" else torch.float64
+    squares = torch.stack(torch._foreach_norm(found, 2, dtype=kind)).square()
+    if kind not in kinds:
+        return squares
+    # of the same precision as the squares: these may be too large where no element is
+    peaks = torch.stack([x.abs().amax() if x.numel() else x.new_zeros(()) for x in found])
+    capped = squares.clamp(max=torch.finfo(kind).max)
+    return torch.where(peaks.to(kind).isinf(), squares, capped)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_complex()
 
 
 def _stored(x: Tensor) -> Tensor:
+    x = x.detach()
     if x.layout != torch.strided:
         x = x.coalesce().values() if x.layout == torch.sparse_coo else x.values()
     return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -203,6 +203,18 @@ class TestTraps:
         train(Planned(losses), tmp_path)
         assert events(tmp_path) == {4: "nonfinite_loss", 5: "nonfinite_loss", 7: "loss_spike"}
 
+    def test_losses_of_both_signs_have_no_spikes(self, tmp_path):
+        losses = {batch: (-1.0) ** batch * (1 + 0.05 * batch) for batch in range(12)}
+        trainer = train(Planned(losses | {7: 30.0, 8: 30.0, 9: 30.0}), tmp_path)
+        assert not events(tmp_path)
+        assert trainer.global_step == 12
+
+    def test_a_loss_of_zero_has_nothing_left_to_teach(self, tmp_path):
+        done = dict.fromkeys(range(4, 12), 0.0)
+        trainer = train(Planned(done, done), tmp_path)
+        assert not events(tmp_path)
+        assert trainer.global_step == 12
+
     def test_an_overflow_of_the_scaler(self, tmp_path):
         witness = NoAutocast(loss_scales=dict.fromkeys(range(2, 6), 1e37))
         health = CollapseStop(on_error="raise", spike_factor=INF)

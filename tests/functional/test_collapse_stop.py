@@ -72,6 +72,32 @@ class TestGradientSquares:
         assert math.isnan(found[0])
         assert found[1:] == [math.inf, 1]
 
+    @pytest.mark.parametrize("value", [1e29, 3e38, 1e-30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+    def test_what_single_precision_cannot_square(self, dtype, value):
+        x = torch.full((3, 50), value, dtype=dtype)
+        want = (x.double().numpy() ** 2).sum()
+        found = gradient_squares([None, x, torch.ones(4)]).tolist()
+        assert found == [-1, pytest.approx(want, rel=1e-9), 4]
+
+    def test_half_precision_is_not_squared_in_itself(self):
+        x = torch.full((1000,), 6e4, dtype=torch.float16)
+        want = (x.double().numpy() ** 2).sum()
+        assert gradient_squares([x]).tolist() == [pytest.approx(want, rel=1e-9)]
+
+    def test_what_double_precision_cannot_square_is_the_largest_number(self):
+        x = torch.tensor([1e200, 1e300], dtype=torch.float64)
+        broken = torch.tensor([1e300, math.inf], dtype=torch.float64)
+        nan = torch.tensor([1e300, math.nan], dtype=torch.float64)
+        found = gradient_squares([x, broken, torch.zeros(0).double(), nan]).tolist()
+        assert found[:3] == [torch.finfo(torch.float64).max, math.inf, 0]
+        assert math.isnan(found[3])
+        for ranks in (1, 2):
+            numbers = step_numbers(gradient_squares([x, x]), torch.ones(()), [], [])
+            found = step_named(merge_steps(torch.stack([numbers] * ranks)))
+            assert found["sum_sq"] > 1e308
+            assert (found["inf"], found["nan"]) == (0, 0)
+
     def test_divisor(self):
         assert gradient_squares([torch.tensor([8.0])], torch.tensor(4.0)).tolist() == [4]
 
