@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_diag.callbacks.activation_health_forward import activation_calls
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.transforms import PASSED_BY
 from lightning_diag.components import Components, Patterns, matches, nearest
 from lightning_diag.functional.activation_health import (
     COLUMNS,
@@ -200,7 +201,12 @@ class ActivationHealth(Diagnostic):
             self.saturation,
             guard=self.guarded,
             timed=self._timed,
+            passed_by=self._pass_by,
         )
+
+    def _pass_by(self) -> None:
+        if self._forward is not None and PASSED_BY not in self._forward.remarks:
+            self._forward.remarks.append(PASSED_BY)
 
     @contextmanager
     def _timed(self, device: torch.device) -> Iterator[None]:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.forward import Passing, Scope
+from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.functional.activation_health import (
     Activity,
     Flatness,
@@ -91,6 +92,7 @@ def activation_calls(
     *,
     guard: Guard,
     timed: Timed,
+    passed_by: Callable[[], None],
 ) -> Iterator[None]:
     """While entered, hand every call of an activation function to `sink`.
 
@@ -104,16 +106,17 @@ def activation_calls(
         saturation: See `activation_bounds`.
         guard: Isolates what is done here from the training.
         timed: Makes a context that times what is done on a device.
+        passed_by: Called where a call inside a transform of `torch.func` is not looked at.
     """
-    watch = _Calls(scope, sink, saturation, timed)
+    watch = _Calls(scope, sink, saturation, timed, passed_by)
     entered, left = guard(watch.module_entered), guard(watch.module_left)
     with ExitStack() as stack:
         for module in scope.modules.values():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            pre = module.register_forward_pre_hook(entered, with_kwargs=True)
+            pre = module.register_forward_pre_hook(Passing(entered), with_kwargs=True)
             stack.callback(pre.remove)
-            stack.callback(module.register_forward_hook(left, always_call=True).remove)
+            stack.callback(module.register_forward_hook(Passing(left), always_call=True).remove)
         if not scope.fast_path and (scope.shadow or not scope.compiled):
             stack.enter_context(_Functions(watch, guard))
         yield
@@ -131,12 +134,20 @@ class _Running:
 class _Calls:
     """Which modules are running, and what their activation functions were given."""
 
-    def __init__(self, scope: Scope, sink: Sink, saturation: float, timed: Timed) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        sink: Sink,
+        saturation: float,
+        timed: Timed,
+        passed_by: Callable[[], None],
+    ) -> None:
         self._scope = scope
         self._names = {id(module): name or OUTSIDE for name, module in scope.modules.items()}
         self._sink = sink
         self._saturation = saturation
         self._timed = timed
+        self._passed_by = passed_by
         self._running: list[_Running] = []
         self._channels_first: bool | None = None
 
@@ -170,6 +181,9 @@ class _Calls:
 
     def before(self, function: str, x: object, **ends: float) -> Flatness | None:
         """Look at the input, which the call may overwrite."""
+        if inside_transform():
+            self._passed_by()
+            return None
         x = _usable(x)
         if x is None or not self._scope.live:
             return None
@@ -234,6 +248,9 @@ class _Functions(TorchFunctionMode):
         self._after = guard(watch.after)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Dynamo, which may trace this, leaves the rest out
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
         kwargs = kwargs or {}
         function = _FUNCTIONS.get(func)
         if function is None or not self._watch.function_may_be_seen():

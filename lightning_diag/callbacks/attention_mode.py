@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_diag.callbacks.forward import Passing
+
 __all__ = [
     "AttentionMode",
     "among_compiled",
@@ -49,9 +51,10 @@ class AttentionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        # Dynamo, which may trace this, leaves the rest out
         if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             heads = args[4] if len(args) > 4 else kwargs["num_heads"]
             with self._replaced(int(heads)):
@@ -121,8 +124,8 @@ def modules_followed(
             def after(_: nn.Module, args: Any, output: Any, name: str = name) -> None:
                 left(name, output)
 
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            hook = module.register_forward_hook(after, always_call=True)
+            stack.callback(module.register_forward_pre_hook(Passing(before)).remove)
+            hook = module.register_forward_hook(Passing(after), always_call=True)
             stack.callback(hook.remove)
         yield
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_diag.callbacks.attention_mode import apart_from_counters
 from lightning_diag.callbacks.attention_names import AttentionNames, Place
+from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.functional.attention_capture import (
     AttentionSums,
     QueryGroups,
@@ -32,6 +34,7 @@ __all__ = ["Limits", "Seen", "SeenModule"]
 
 _ROOT = "model"
 _CANDIDATES = 8
+_TRANSFORMED = "inside a transform of `torch.func`"
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,13 @@ class Seen:
                 break
         if output is None or frame.seen:
             return
-        for number, weights in enumerate(self.names.handed_out(name, output)):
-            if number < _CANDIDATES and _is_plain(weights):
+        handed_out = list(islice(self.names.handed_out(name, output), _CANDIDATES))
+        if inside_transform():
+            if handed_out:
+                self.passed(name, _TRANSFORMED)
+            return
+        for number, weights in enumerate(handed_out):
+            if _is_plain(weights):
                 self._weights(name, number, weights)
 
     @property
@@ -154,8 +162,7 @@ class Seen:
         if place is None:
             return
         tensors = [query, key, *([] if attn_mask is None else [attn_mask])]
-        if not all(_is_plain(tensor) for tensor in tensors):
-            self.passed(place.module, "tensors of a special kind")
+        if not self._may_compute(place, *tensors):
             return
         with _exact(query.device):
             scores = dot_product_scores(
@@ -173,8 +180,7 @@ class Seen:
         place, number = self._call()
         if place is None:
             return
-        if not _is_plain(scores):
-            self.passed(place.module, "tensors of a special kind")
+        if not self._may_compute(place, scores):
             return
         with _exact(scores.device):
             by_head = scores.detach().reshape(-1, heads, *scores.shape[1:])
@@ -193,8 +199,7 @@ class Seen:
         place, number = self._call()
         if place is None:
             return
-        if not _is_plain(src) or (ptr is not None and ptr.dim() > 1):
-            self.passed(place.module, "tensors of a special kind")
+        if not self._may_compute(place, src, known=ptr is None or ptr.dim() == 1):
             return
         with _exact(src.device):
             logits = src.detach().movedim(dim, 0)
@@ -220,6 +225,16 @@ class Seen:
             self._add(place, number, "weights", scores, plausible)
 
     # ---- sums ----
+
+    def _may_compute(self, place: Place, *tensors: Tensor, known: bool = True) -> bool:
+        """Whether a call can be looked at; where not, it is said why."""
+        if inside_transform():
+            self.passed(place.module, _TRANSFORMED)
+        elif not known or not all(_is_plain(tensor) for tensor in tensors):
+            self.passed(place.module, "tensors of a special kind")
+        else:
+            return True
+        return False
 
     def _call(self) -> tuple[Place | None, int]:
         frame = self._frames[-1]

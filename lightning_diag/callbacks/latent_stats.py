@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.transforms import PASSED_BY, inside_transform
 from lightning_diag.components import module_names, nearest
 from lightning_diag.functional.latent_stats import (
     COLUMNS,
@@ -38,6 +39,7 @@ class _Seen:
         latent: What it gave or took.
         positions: Positions of a sequence, where each is a row.
         odd: What it gave instead of a tensor.
+        passed_by: Whether it ran inside a transform of `torch.func`.
     """
 
     step: int
@@ -45,6 +47,7 @@ class _Seen:
     latent: Tensor | None = None
     positions: int = 1
     odd: str | None = None
+    passed_by: bool = False
 
 
 class LatentStats(Diagnostic):
@@ -213,6 +216,9 @@ class LatentStats(Diagnostic):
     def _take(self, scope: Scope, name: str, value: object) -> None:
         if self._seen is None or not scope.live:
             return
+        if inside_transform():
+            self._seen.passed_by = True
+            return
         latent = _first_tensor(value)
         self._seen.name = name
         self._seen.odd = type(value).__name__ if latent is None else None
@@ -227,6 +233,9 @@ class LatentStats(Diagnostic):
     # ---- measuring ----
 
     def _measure(self, trainer: Trainer, seen: _Seen) -> None:
+        if seen.passed_by and "transform" not in self._said:
+            self._said.add("transform")
+            self.note(trainer, PASSED_BY)
         x = seen.latent
         if x is None or not x.numel():
             self._say(trainer, seen)
@@ -248,6 +257,9 @@ class LatentStats(Diagnostic):
             why = f"`{seen.name}` gives {seen.odd} without a tensor of floating numbers"
         elif seen.latent is not None:
             why = f"`{seen.name}` gives an empty tensor"
+        elif seen.passed_by:
+            why = "linear layers" if self.module is None else f"`{self.module}`"
+            why += " ran inside a transform of `torch.func` alone"
         elif self.module is not None:
             why = f"`{self.module}` did not run in the training step, or cannot be looked into"
         else:

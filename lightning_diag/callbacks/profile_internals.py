@@ -20,7 +20,8 @@ def reporting_modules(model: nn.Module) -> dict[str, nn.Module]:
         model: The model; it may have one itself, under the name "".
     """
     names = module_names(model).items()
-    return {name: one for name, one in names if callable(getattr(one, "diagnostics", None))}
+    # asked of the class: an attribute of a user's module may raise, or be whatever one asks for
+    return {name: one for name, one in names if callable(getattr(type(one), "diagnostics", None))}
 
 
 @dataclass

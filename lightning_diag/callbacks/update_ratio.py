@@ -152,6 +152,7 @@ class UpdateRatio(Diagnostic):
         self._never: dict[str, int] = {}
         self._ever: set[str] = set()
         self._norms: dict[tuple[int | None, str | None], deque[float]] = {}
+        self._told_nothing = False
         self._warned: set[str | None] = set()
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +177,10 @@ class UpdateRatio(Diagnostic):
     # ---- measuring ----
 
     def _before_step(self, trainer: Trainer, device: torch.device, optimizer: Optimizer) -> None:
+        if not own_parameters(optimizer):
+            # on every rank alike
+            self._say_nothing(trainer)
+            return
         if self._sharded:
             # a rank that has failed takes part too, here and at the end of the batch
             gradients = completed_gradients(optimizer)
@@ -204,6 +209,11 @@ class UpdateRatio(Diagnostic):
                 self._after_step(view, device)
 
         self._hooks.append(optimizer.register_step_post_hook(self.guarded(stepped)))
+
+    def _say_nothing(self, trainer: Trainer) -> None:
+        if not self._told_nothing:
+            self._told_nothing = True
+            self.note(trainer, "an optimizer has no parameters: there is nothing to measure.")
 
     def _after_step(self, view: UpdateView, device: torch.device) -> None:
         on_host = device.type == "cpu" and not self._sharded

@@ -6,12 +6,13 @@ from math import isfinite
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row, optimizer_index
 from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.transforms import PASSED_BY
 from lightning_diag.callbacks.wiring_forward import Cuts, ForwardWatch
 from lightning_diag.callbacks.wiring_gradients import Leftovers, SilentParameters
 from lightning_diag.callbacks.wiring_losses import LossWatch
@@ -121,6 +122,7 @@ class WiringCheck(Diagnostic):
         super().forget()
         self._last_look = -1
         self._told_detached = False
+        self._told_transform = False
         self._told_silent = False
         self._tells_silent = False
         self._forward: ForwardWatch | None = None
@@ -273,6 +275,7 @@ class WiringCheck(Diagnostic):
         self._stepped = set()
         self._known_book = None
         self._leftovers.begin()
+        look.modules = modules = module_names(pl_module)
         memories = Memories()
         found = [(name, x) for name, x in named_tensors(batch) if x.layout == torch.strided]
         for name, x in found:
@@ -287,7 +290,6 @@ class WiringCheck(Diagnostic):
                 self._measure_weights(look, trainer)
         self._forward = forward = ForwardWatch(self.guarded)
         self._losses = losses = LossWatch(self.guarded, memories)
-        modules = module_names(pl_module)
 
         @contextmanager
         def inside(scope: Scope) -> Iterator[None]:
@@ -311,7 +313,7 @@ class WiringCheck(Diagnostic):
         ]
         moved = self._moved.measure(learning, trainer.lightning_module)
         look.add("moved", moved)
-        pairs, different = self._twins.measure(trainer.lightning_module)
+        pairs, different = self._twins.measure(look.modules)
         look.add("twins", different, pairs)
 
     def _measure_zeros(self, look: Look, trainer: Trainer, index: int) -> None:
@@ -331,6 +333,9 @@ class WiringCheck(Diagnostic):
         if automatic and 0 not in self._stepped:
             self._measure_zeros(look, trainer, 0)
         self._leftovers.end()
+        if (forward.passed_by or losses.passed_by) and not self._told_transform:
+            self._told_transform = True
+            self.note(trainer, PASSED_BY)
         if forward.cuts.ran:
             self._cuts = forward.cuts
         book = self._book(trainer)
@@ -349,7 +354,7 @@ class WiringCheck(Diagnostic):
             look.add(f"left_{index}", value)
         look.rows += self._optimizer_rows(book)
         look.rows += self._silent_rows(book)
-        look.rows += self._tie_rows(pl_module)
+        look.rows += self._tie_rows(pl_module, look.modules)
         left = (set(self._leftovers.closed), set(self._leftovers.clean))
         step_facts = (calls, trainer.accumulate_grad_batches if automatic else 1)
         names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
@@ -441,11 +446,11 @@ class WiringCheck(Diagnostic):
                 rows.append(row | {"component": component, "names": listed(names)})
         return rows or [plain_row("eval_mode_in_training", "ok", count=0)]
 
-    def _tie_rows(self, pl_module: LightningModule) -> list[Row]:
+    def _tie_rows(self, pl_module: LightningModule, modules: Mapping[str, nn.Module]) -> list[Row]:
         rows = []
         for kind, pairs in (
             ("came apart", self._ties.broken(pl_module)),
-            ("not tied", untied_by_config(pl_module)),
+            ("not tied", untied_by_config(modules)),
         ):
             if pairs:
                 names = listed([f"{one} and {other}" for one, other in pairs])

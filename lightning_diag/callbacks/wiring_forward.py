@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.forward import Passing, Scope
+from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.callbacks.wiring_modes import NORMS
 from lightning_diag.callbacks.wiring_tensors import Memories, named_tensors
 from lightning_diag.functional.wiring_check import data_facts
@@ -80,11 +81,13 @@ class ForwardWatch:
     Attributes:
         cuts: What is known of the graph.
         entries: Where data enter, by module.
+        passed_by: Whether a module ran inside a transform of `torch.func`.
     """
 
     def __init__(self, guard: Guard) -> None:
         self.cuts = Cuts()
         self.entries: dict[str, Entry] = {}
+        self.passed_by = False
         self._guard = guard
         self._outputs = Memories()
         self._with_graph: set[str] = set()
@@ -94,27 +97,35 @@ class ForwardWatch:
     def inside(self, scope: Scope) -> Iterator[None]:
         """Watch the modules of a scope."""
         self.cuts.watched.update(scope.modules)
+        # two functions for all modules: a pair for each would set off the garbage collector
+        names = {id(module): name for name, module in scope.modules.items()}
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if scope.live:
+                self._enters(names[id(module)], module, [args, kwargs])
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if scope.live:
+                self._leaves(names[id(module)], module, output)
+
+        first, last = self._guard(before), self._guard(after)
         with ExitStack() as stack:
             for name, module in scope.modules.items():
                 if name:
-                    self._hook(stack, scope, name, module)
+                    stack.callback(
+                        module.register_forward_pre_hook(Passing(first), with_kwargs=True).remove
+                    )
+                    stack.callback(module.register_forward_hook(Passing(last)).remove)
             yield
-
-    def _hook(self, stack: ExitStack, scope: Scope, name: str, module: nn.Module) -> None:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            if scope.live:
-                self._enters(name, module, [args, kwargs])
-
-        def after(_: nn.Module, args: Any, output: Any) -> None:
-            if scope.live:
-                self._leaves(name, module, output)
-
-        first, last = self._guard(before), self._guard(after)
-        stack.callback(module.register_forward_pre_hook(first, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(last).remove)
 
     def _enters(self, name: str, module: nn.Module, inputs: object) -> None:
         self.cuts.ran[name] = len(self.cuts.ran)
+        if isinstance(module, nn.MultiheadAttention):
+            # its parameters take part without it being called
+            self.cuts.ran[f"{name}.out_proj"] = len(self.cuts.ran)
+        if inside_transform():
+            self.passed_by = True
+            return
         if self._awaiting is not None and next(module.children(), None) is None:
             self._awaiting.normalized = isinstance(module, NORMS)
             self._awaiting = None
@@ -135,6 +146,8 @@ class ForwardWatch:
             self._awaiting = self.entries[name] = Entry(data_facts([x]))
 
     def _leaves(self, name: str, module: nn.Module, output: object) -> None:
+        if inside_transform():
+            return
         found = [x for _, x in named_tensors(output) if x.is_floating_point()]
         for x in found:
             if x.requires_grad:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.forward import Passing, Scope
+from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.callbacks.wiring_forward import Guard
 from lightning_diag.callbacks.wiring_tensors import Memories
 from lightning_diag.functional.wiring_check import broadcast_grows, probability_facts, target_facts
@@ -108,11 +109,13 @@ class LossWatch:
     Attributes:
         calls: What was seen, the first few.
         everywhere: Whether every call could be seen.
+        passed_by: Whether a loss function was called inside a transform of `torch.func`.
     """
 
     def __init__(self, guard: Guard, batch: Memories) -> None:
         self.calls: list[LossCall] = []
         self.everywhere = False
+        self.passed_by = False
         self._batch = batch
         self._begin = guard(self._called)
         self._finish = guard(self._returned)
@@ -164,11 +167,14 @@ class LossWatch:
             if call is not None:
                 self._finish(call, result)
 
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(after).remove)
+        stack.callback(module.register_forward_pre_hook(Passing(before), with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(Passing(after)).remove)
 
     @torch.no_grad()
     def _called(self, func: Any, args: Any, kwargs: Any) -> LossCall | None:
+        if inside_transform():
+            self.passed_by = True
+            return None
         bound = _SIGNATURES[func].bind(*args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
@@ -208,6 +214,8 @@ class LossWatch:
             call.facts = torch.cat([call.facts[:-1], value])
 
     def _converted(self, name: str, args: Any, result: Tensor) -> None:
+        if inside_transform():
+            return
         given = [x for x in args if isinstance(x, Tensor)]
         if not result.requires_grad:
             if name in _CONVERSIONS and any(self._batch.name_of(x) is not None for x in given):
@@ -240,7 +248,8 @@ class _Mode(TorchFunctionMode):
         self._scope = scope
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self._scope.live:
+        # Dynamo, which may trace this, leaves the rest out
+        if torch.compiler.is_compiling() or not self._scope.live:
             return func(*args, **(kwargs or {}))
         call = self._watch.before(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))

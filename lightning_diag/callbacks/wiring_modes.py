@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from lightning_diag.callbacks.wiring_tensors import attribute
+
 __all__ = ["NORMS", "eval_mode"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -48,5 +50,5 @@ def _sensitive(module: nn.Module) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return bool(module.dropout > 0)
     dropped = type(module).__name__.lower()
-    rate = getattr(module, "p", getattr(module, "drop_prob", 0))
+    rate = attribute(module, "p", attribute(module, "drop_prob", 0))
     return "drop" in dropped and isinstance(rate, (int, float)) and rate > 0

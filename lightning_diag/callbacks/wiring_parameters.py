@@ -1,7 +1,7 @@
 """Parameters and optimizers laid side by side: who is in whose hands, and who is tied to whom."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,7 +9,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Row
-from lightning_diag.components import OTHER, Assignment, module_names, parameter_names, weight_of
+from lightning_diag.callbacks.wiring_tensors import attribute
+from lightning_diag.components import OTHER, Assignment, parameter_names, weight_of
 
 __all__ = ["Book", "Subject", "Ties", "listed", "own_parameters", "twin_pairs", "untied_by_config"]
 
@@ -118,7 +119,7 @@ class Ties:
 
     def broken(self, model: nn.Module) -> list[tuple[str, str]]:
         """Pairs of names that stood for one parameter and stand for two now."""
-        now = dict(parameter_names(model))
+        now = dict(parameter_names(model)) if self.groups else {}
         return [
             (group[0], name)
             for group in self.groups
@@ -127,18 +128,24 @@ class Ties:
         ]
 
 
-def untied_by_config(model: nn.Module) -> list[tuple[str, str]]:
-    """Input and output embeddings that a Hugging Face configuration calls tied, and are not."""
-    names = {id(module): name for name, module in module_names(model).items()}
+def untied_by_config(modules: Mapping[str, nn.Module]) -> list[tuple[str, str]]:
+    """Input and output embeddings that a Hugging Face configuration calls tied, and are not.
+
+    Args:
+        modules: All modules of the model, by name.
+    """
+    names = {id(module): name for name, module in modules.items()}
     found = []
-    for name, module in module_names(model).items():
-        config: Any = getattr(module, "config", None)
-        wanted = bool(getattr(module, "_tied_weights_keys", None))
-        if not wanted or getattr(config, "tie_word_embeddings", False) is not True:
+    for name, module in modules.items():
+        if not attribute(module, "_tied_weights_keys"):
+            continue
+        config = attribute(module, "config")
+        if attribute(config, "tie_word_embeddings", False) is not True:
             continue
         try:
             first, second = (getattr(module, f"get_{x}_embeddings")() for x in ("input", "output"))
-        except (AttributeError, NotImplementedError, TypeError):
+        except Exception:
+            # it is the user's: whatever it raises, there is nothing to compare
             continue
         if not isinstance(first, nn.Module) or not isinstance(second, nn.Module):
             continue
@@ -150,9 +157,19 @@ def untied_by_config(model: nn.Module) -> list[tuple[str, str]]:
     return found
 
 
-def twin_pairs(model: nn.Module) -> list[tuple[str, str, Parameter, Parameter]]:
-    """Embeddings and linear maps of one shape: two parameters that may be meant as one."""
-    weights = {name: (part, weight_of(part)) for name, part in module_names(model).items()}
+def twin_pairs(
+    modules: Mapping[str, nn.Module],
+) -> list[tuple[str, str, Parameter, Parameter]]:
+    """Embeddings and linear maps of one shape: two parameters that may be meant as one.
+
+    Args:
+        modules: All modules of the model, by name.
+    """
+    weights = {
+        name: (part, weight_of(part))
+        for name, part in modules.items()
+        if isinstance(part, (nn.Embedding, nn.Linear))
+    }
     known = [(f"{name}.weight", part, w) for name, (part, w) in weights.items() if w is not None]
     embeddings = [(name, weight) for name, part, weight in known if isinstance(part, nn.Embedding)]
     maps = [(name, weight) for name, part, weight in known if isinstance(part, nn.Linear)]

@@ -6,7 +6,7 @@ from math import isfinite, isnan
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_diag.callbacks.base import Row
 from lightning_diag.callbacks.wiring_losses import FACTS, LossCall
@@ -32,6 +32,7 @@ class Look:
         numbers: Tensors to be read together.
         names: What the entries of `numbers` stand for.
         rows: Rows that need nothing of the device.
+        modules: All modules of the model, by name.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Look:
     numbers: dict[str, Tensor] = field(default_factory=dict)
     names: dict[str, list[Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
 
     def add(self, name: str, values: Tensor | None, names: Sequence[Any] = ()) -> None:
         """Keep numbers for the reading at the end."""
@@ -153,6 +155,9 @@ def _target_rows(call: LossCall, facts: Mapping[str, float]) -> list[Row]:
     about |= {"input_shape": _words(call.shape), "target_shape": _words(call.target_shape)}
     about |= {"low": number(low), "high": number(high), "from_batch": int(call.from_batch)}
     about["classes"] = _classes(call)
+    if not _numel(call.target_shape):
+        # as an empty batch has: nothing is wrong with what is not there
+        return [plain_row("loss_target_mismatch", "unknown", "empty target", **about)]
     kind = _mismatch(call, facts)
     state = "wrong" if kind else "ok"
     if kind is None and call.from_batch and low == high and valid >= _FEW_LABELS:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Memories", "named_tensors"]
+__all__ = ["Memories", "attribute", "named_tensors"]
 
 _DEPTH = 4
 
@@ -37,17 +37,26 @@ def named_tensors(value: object, name: str = "", depth: int = _DEPTH) -> Iterato
         yield from named_tensors(member, path, depth - 1)
 
 
+def attribute(owner: object, name: str, default: object = None) -> Any:
+    """An attribute of something of the user's; the default where asking for it fails in any way."""
+    try:
+        return getattr(owner, name, default)
+    except Exception:
+        # a property may raise whatever it likes
+        return default
+
+
 def _members(value: object) -> list[tuple[str | int, object]]:
     if isinstance(value, Mapping):
         return [(str(key), member) for key, member in value.items()]
-    names = getattr(value, "_fields", None)
+    names = attribute(value, "_fields")
     if isinstance(value, tuple) and names:
         return list(zip(names, value, strict=False))
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))
     if is_dataclass(value) and not isinstance(value, type):
-        return [(one.name, getattr(value, one.name, None)) for one in fields(value)]
-    stores = getattr(value, "stores", None)
+        return [(one.name, attribute(value, one.name)) for one in fields(value)]
+    stores = attribute(value, "stores")
     if not isinstance(stores, list):
         return []
     # a graph of PyTorch Geometric keeps its tensors in mappings, one for each kind of node or edge

@@ -61,10 +61,14 @@ class Twins:
         self.equal: set[tuple[str, str]] = set()
 
     @torch.no_grad()
-    def measure(self, model: nn.Module) -> tuple[list[tuple[str, str]], Tensor | None]:
+    def measure(
+        self, modules: Mapping[str, nn.Module]
+    ) -> tuple[list[tuple[str, str]], Tensor | None]:
         """Whether each pair is different, and their names; after the first look of equals only."""
         first = self._pairs is None
-        found = {(one, other): (a, b) for one, other, a, b in twin_pairs(model)}
+        if not first and not self.equal:
+            return [], None
+        found = {(one, other): (a, b) for one, other, a, b in twin_pairs(modules)}
         wanted = list(found) if first else [pair for pair in found if pair in self.equal]
         self._pairs = wanted
         if not wanted:

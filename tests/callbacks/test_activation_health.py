@@ -1,5 +1,6 @@
 """Does ActivationHealth see every activation function once, and only the dead as dead?"""
 
+import contextlib
 import math
 from copy import deepcopy
 
@@ -10,6 +11,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from lightning_diag.callbacks.activation_health import ActivationHealth
+from lightning_diag.callbacks.activation_health_forward import activation_calls
+from lightning_diag.callbacks.forward import Scope
 from lightning_diag.lightning import Callback, LightningModule
 from tests.callbacks.witness import Witness, fit, lightning, rows, scaler_plugin
 from tests.promises.reads import census
@@ -318,7 +321,57 @@ class TestNumbers:
         assert row["dead_now"] < 1
 
 
+class Mapped(nn.Module):
+    """Runs its part on each sample by itself, in one go, and once more as usual."""
+
+    def __init__(self, part, plain=True):
+        super().__init__()
+        self.part = part
+        self.plain = plain
+
+    def forward(self, x):
+        y = torch.func.vmap(self.part, randomness="different")(x)
+        return y + self.part(x) if self.plain else y
+
+
 class TestModes:
+    @pytest.mark.parametrize("function", [nn.Tanh(), torch.tanh])
+    def test_a_transform_is_passed_by(self, loader, tmp_path, function):
+        ends = []
+        for callbacks in ([], [every_step()]):
+            part = function if isinstance(function, nn.Module) else Functions(function)
+            module = Net(Mapped(part))
+            fit(module, callbacks, loader, tmp_path)
+            ends.append(list(module.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        assert seen(tmp_path)["body.part"]["calls"] == 1
+        said = [row for row in rows(tmp_path, "notes") if "torch.func" in row["message"]]
+        assert [row["severity"] for row in said] == ["info"]
+
+    def test_dynamo_traces_nothing_of_the_mode(self, monkeypatch):
+        seen = []
+        calls = activation_calls(
+            Scope({}, shadow=False, compiled=False),
+            lambda *found: seen.append(found[:2]),
+            0.97,
+            guard=lambda function: function,
+            timed=contextlib.nullcontext,
+            passed_by=lambda: None,
+        )
+        with calls:
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+            F.relu(torch.ones(3))
+            assert not seen
+            monkeypatch.undo()
+            F.relu(torch.ones(3))
+        assert seen == [("training_step", "relu")]
+
+    def test_compiled_functions_are_left_alone(self, loader, tmp_path):
+        torch._dynamo.reset()
+        relu = torch.compile(F.relu, backend="aot_eager", fullgraph=True)
+        fit(Net(Functions(relu, torch.tanh)), every_step(), loader, tmp_path)
+        assert seen(tmp_path)["body"]["function"] == "tanh"
+
     def test_accumulation_looks_at_the_first_batch_of_a_step(self, loader, tmp_path):
         kept = []
 

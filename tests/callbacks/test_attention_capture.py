@@ -177,11 +177,43 @@ class TestMultihead:
             *("part.fusion", "part.late.self_attn", None),
         }
 
+    def test_a_transform_is_passed_by(self, tmp_path):
+        watched = [capture(capture={"fusion": "part.fusion"})]
+        same(train(Mapped, tmp_path / "without"), train(Mapped, tmp_path / "with", watched))
+        assert {row["component"] for row in rows(tmp_path / "with", "attention")} <= {None}
+        (note,) = [n for n in rows(tmp_path / "with", "notes") if "torch.func" in n["message"]]
+        assert "`part.dots`, `part.fusion`" in note["message"]
+        assert note["severity"] == "info"
+
     def test_the_fast_path_is_left_alone_and_said(self, tmp_path):
         train(Everything, tmp_path, [capture()], max_steps=1)
         (note,) = [n for n in rows(tmp_path, "notes") if "fast path" in n["message"]]
         assert "`part.teacher`" in note["message"]
         assert note["severity"] == "info"
+
+
+class Mapped(nn.Module):
+    """Attention on each sample by itself, in one go."""
+
+    def __init__(self):
+        super().__init__()
+        self.dots = Dots()
+        self.dots.seen = Dropped()
+        self.fusion = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+    def one(self, x):
+        x = self.dots(x[None])
+        return self.fusion(x, x, x)[0][0]
+
+    def forward(self, x):
+        # of the last call nothing belongs to a sample
+        own = torch.func.vmap(lambda _: self.dots(x[:1]))(x)
+        return torch.func.vmap(self.one)(x) + own.mean()
+
+
+class Dropped(list):
+    def append(self, value):
+        pass
 
 
 class Squared(nn.Module):

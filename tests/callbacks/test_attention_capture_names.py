@@ -207,13 +207,13 @@ class TestNoSilence:
         ]
         assert "name_1" not in rows(tmp_path, "attention_query")[0]
 
-    def test_tensors_of_a_special_kind_are_passed_over_and_said(self, tmp_path):
+    def test_what_a_transform_runs_is_passed_over_and_said(self, tmp_path):
         class Mapped(nn.Module):
             def forward(self, x):
                 return torch.vmap(lambda y: F.scaled_dot_product_attention(y, y, y))(x)
 
         train(Outer(mapped=Mapped(), dots=Dots()), tmp_path, [capture()], max_steps=1)
-        assert any("special kind): `part.parts.mapped`" in message for message in notes(tmp_path))
+        assert any("`torch.func`): `part.parts.mapped`" in message for message in notes(tmp_path))
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     def test_flexible_attention_is_passed_over_and_said(self, tmp_path):

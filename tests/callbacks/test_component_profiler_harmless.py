@@ -326,6 +326,24 @@ class TestInternals:
             assert row["min"] == pytest.approx(gates.min().item(), rel=1e-9)
             assert row["max"] == pytest.approx(gates.max().item(), rel=1e-9)
 
+    def test_only_the_class_says_that_a_module_reports(self, loader, tmp_path):
+        class Odd(nn.Linear):
+            @property
+            def diagnostics(self):
+                raise RuntimeError("not ready")
+
+        class Any(nn.Tanh):
+            def __getattr__(self, name):
+                if name == "diagnostics":
+                    return lambda: {"never": 1.0}
+                return super().__getattr__(name)
+
+        module = Gated()
+        module.encoder.append(Odd(4, 4))
+        module.encoder.append(Any())
+        fit(module, every_step(), loader, tmp_path, limit_train_batches=1)
+        assert {row["name"] for row in self.said(tmp_path)} == {"gate"}
+
     def test_numbers_scalars_and_nested_mappings(self, loader, tmp_path):
         def says(gate):
             return {

@@ -235,7 +235,42 @@ class TestCollapse:
         assert row["effective_rank"] > 1
 
 
+class Mapped(nn.Module):
+    """Runs its part on each sample by itself, in one go, and once more as usual."""
+
+    def __init__(self, part, plain=True):
+        super().__init__()
+        self.part = part
+        self.plain = plain
+
+    def forward(self, x):
+        y = torch.func.vmap(self.part, randomness="different")(x)
+        return y + self.part(x) if self.plain else y
+
+
 class TestModes:
+    @pytest.mark.parametrize("name", ["encoder.part", None])
+    @pytest.mark.parametrize("plain", [True, False])
+    def test_a_transform_is_passed_by(self, wide, tmp_path, name, plain):
+        class One(Auto):
+            def training_step(self, batch, batch_idx):
+                return self.encoder(batch[0]).square().mean()
+
+        ends = []
+        for callbacks in ([], [every_step(name)]):
+            module = One(Mapped(nn.Linear(16, 16), plain))
+            with torch.no_grad():
+                module.encoder.part.weight.fill_(0.1)
+                module.encoder.part.bias.fill_(0.1)
+            fit(module, callbacks, wide, tmp_path)
+            ends.append(list(module.encoder.parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+        assert {row["component"] for row in rows(tmp_path, "latent")} == (
+            {"encoder.part"} if plain else set()
+        )
+        said = [row for row in rows(tmp_path, "notes") if "transform" in row["message"]]
+        assert [row["severity"] for row in said] == ["info"] + ["warning"] * (not plain)
+
     @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
     def test_precision(self, wide, tmp_path, precision):
         module = Auto()

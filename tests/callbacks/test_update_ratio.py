@@ -207,6 +207,20 @@ class TestSkipped:
         assert first["ratio"] is None
         assert all(row["ratio"] for row in others)
 
+    @pytest.mark.parametrize("optimizer", [None, "empty"])
+    def test_nothing_to_learn(self, loader, tmp_path, optimizer):
+        class Bare(Witness):
+            def training_step(self, batch, batch_idx):
+                return None
+
+            def configure_optimizers(self):
+                return optimizer and torch.optim.SGD([{"params": []}], lr=0.1)
+
+        fit(Bare(), every_step(), loader, tmp_path)
+        assert rows(tmp_path, "update") == []
+        said = [row for row in rows(tmp_path, "notes") if "no parameters" in row["message"]]
+        assert [row["severity"] for row in said] == ["info"]
+
     def test_weights_that_become_nan_are_no_skipped_step(self, loader, tmp_path):
         fit(Witness(loss_scales={2: math.nan}), every_step(), loader, tmp_path)
         row = rows(tmp_path, "update", component=None, step=2)[0]

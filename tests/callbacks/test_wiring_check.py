@@ -6,12 +6,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_diag import GradientHealth
+from lightning_diag.callbacks.forward import Scope
 from lightning_diag.callbacks.wiring_check import WiringCheck
+from lightning_diag.callbacks.wiring_losses import LossWatch
+from lightning_diag.callbacks.wiring_tensors import Memories
 from lightning_diag.lightning import Callback
 from lightning_diag.rules import diagnose
 from tests.callbacks.wiring_cases import (
     CLASSES,
     WIDTH,
+    Adapted,
     Plain,
     calm,
     check,
@@ -198,7 +202,27 @@ class TestParameters:
         assert last[0]["looks"] == 6
 
 
+class Attentive(Plain):
+    """Attention whose last projection gets no gradient, though attention runs."""
+
+    def make(self):
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        hidden = self.encoder(x)[:, None]
+        weights = self.attention(hidden, hidden + 1, hidden)[1]
+        return self.head(hidden.squeeze(1) + weights.mean((1, 2))[:, None])
+
+
 class TestGraph:
+    def test_the_projection_of_attention_ran(self, tmp_path):
+        findings(Attentive(), tmp_path)
+        found = wiring(tmp_path, "unused_parameter", component="attention")
+        found = [row for row in found if row["kind"] != "zero"]
+        assert {(row["kind"], row["names"]) for row in found} == {
+            ("ran", "attention.out_proj.weight, attention.out_proj.bias")
+        }
+
     @pytest.mark.parametrize("how", ["detach", "data", "no_grad"])
     def test_a_cut_is_found_with_its_place(self, tmp_path, how):
         class Cut(Plain):
@@ -511,6 +535,62 @@ class TestLooks:
         steps = sorted({row["step"] for row in rows(tmp_path, "wiring")})
         assert steps == [0, 1, 2, 3, 5, 7, 9, 11]  # 5 and 9: what the host alone knows
         assert wiring(tmp_path, "unused_parameter")[-1]["steps"] == 12
+
+    def test_inside_a_transform_nothing_is_kept(self, tmp_path):
+        states = []
+        for callbacks in ([], [check(every_n_steps=1)]):
+            seed()
+            module = Adapted()
+            fit(module, callbacks, data(), tmp_path)
+            states.append(module.state_dict())
+        assert not differences(*states)
+        said = [row for row in rows(tmp_path, "notes") if "torch.func" in row["message"]]
+        assert [row["severity"] for row in said] == ["info"]
+        # the loss of all samples together is no part of the transform
+        assert {row["at"] for row in wiring(tmp_path, "loss_target_mismatch")} == {"cross_entropy"}
+        assert calm(diagnose(tmp_path, on_error="raise"))
+
+    def test_what_compiled_functions_call_is_left_out(self, tmp_path):
+        class Compiled(Plain):
+            def training_step(self, batch, batch_idx):
+                return loss(self(batch[0]), batch[1])
+
+        torch._dynamo.reset()
+        loss = torch.compile(F.cross_entropy, backend="aot_eager", fullgraph=True)
+        fit(Compiled(), check(), data(), tmp_path)
+        assert {row["state"] for row in wiring(tmp_path, "double_softmax")} == {"unknown"}
+
+    def test_dynamo_traces_nothing_of_the_mode(self, monkeypatch):
+        watch = LossWatch(lambda function: function, Memories())
+        x = torch.randn(4, CLASSES, requires_grad=True)
+        with watch.inside(Scope({}, shadow=False, compiled=False)):
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+            F.cross_entropy(x, torch.zeros(4, dtype=torch.long))
+            assert not watch.calls
+            monkeypatch.undo()
+            F.cross_entropy(x, torch.zeros(4, dtype=torch.long))
+        assert len(watch.calls) == 1
+
+    def test_attributes_that_raise(self, tmp_path):
+        class Dropping(nn.Linear):
+            _tied_weights_keys = ("weight",)
+
+            @property
+            def config(self):
+                raise RuntimeError("no configuration")
+
+            @property
+            def p(self):
+                raise RuntimeError("no rate")
+
+        class Odd(Plain):
+            def make(self):
+                self.encoder[0] = Dropping(WIDTH, 8)
+
+            def on_train_start(self):
+                self.encoder[0].eval()
+
+        assert calm(findings(Odd(), tmp_path))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

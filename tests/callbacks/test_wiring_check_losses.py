@@ -99,6 +99,15 @@ class TestTargets:
         assert found.rule == "loss_target_mismatch"
         assert "predictions of shape 8x1 with targets of shape 8" in found.message
 
+    def test_no_target_at_all_is_unknown(self, tmp_path):
+        class Empty(Plain):
+            def training_step(self, batch, batch_idx):
+                return F.cross_entropy(self(batch[0][:0]), batch[1][:0], reduction="sum")
+
+        assert calm(findings(Empty(), tmp_path))
+        found = wiring(tmp_path, "loss_target_mismatch")
+        assert {(row["state"], row["kind"]) for row in found} == {("unknown", "empty target")}
+
     @pytest.mark.parametrize("how", ["squeezed", "number", "one", "pairs"])
     def test_shapes_that_fit(self, tmp_path, how):
         class Fits(Regression):

@@ -72,18 +72,26 @@ class TestGradientSquares:
         assert math.isnan(found[0])
         assert found[1:] == [math.inf, 1]
 
-    @pytest.mark.parametrize("value", [1e29, 3e38, 1e-30])
+    @pytest.mark.parametrize("value", [1e29, -1e36, 1e-30])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_what_single_precision_cannot_square(self, dtype, value):
         x = torch.full((3, 50), value, dtype=dtype)
         want = (x.double().numpy() ** 2).sum()
         found = gradient_squares([None, x, torch.ones(4)]).tolist()
-        assert found == [-1, pytest.approx(want, rel=1e-9), 4]
+        if dtype == torch.float64:
+            assert found[1] == pytest.approx(want, rel=1e-9)
+        elif abs(value) > 1:
+            # beyond every threshold, and finite
+            assert found[1] == torch.finfo(torch.float32).max
+        else:
+            assert 0 <= found[1] <= want
+        assert (found[0], found[2]) == (-1, 4)
 
     def test_half_precision_is_not_squared_in_itself(self):
         x = torch.full((1000,), 6e4, dtype=torch.float16)
         want = (x.double().numpy() ** 2).sum()
-        assert gradient_squares([x]).tolist() == [pytest.approx(want, rel=1e-9)]
+        # norms are taken in single precision
+        assert gradient_squares([x]).tolist() == [pytest.approx(want, rel=1e-5)]
 
     def test_what_double_precision_cannot_square_is_the_largest_number(self):
         x = torch.tensor([1e200, 1e300], dtype=torch.float64)
