@@ -15,13 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.clock import Clock, Read
 from lightning_diag.callbacks.forward import Inside, Passing, Watch, watch_training_step
+from lightning_diag.callbacks.optimizers import optimizer_index
 from lightning_diag.callbacks.pace import Interval, Pace, check_interval
 from lightning_diag.callbacks.run import add_run_logger, run_logger
 from lightning_diag.components import Assignment, Components, Patterns
 from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_diag.records import RunLogger
 
-__all__ = ["Diagnostic", "Interval", "OnError", "Row", "optimizer_index"]
+__all__ = ["Diagnostic", "Interval", "OnError", "Row"]
 
 OnError = Literal["warn", "raise"]
 Row = dict[str, object]
@@ -544,11 +545,6 @@ class Diagnostic(Callback):
         }
         step = self.step_of(trainer)
         run.log_rows("overhead", [row], step=step, epoch=trainer.current_epoch)
-
-
-def optimizer_index(trainer: Trainer, optimizer: Optimizer) -> int:
-    """Place of `optimizer` among the Trainer's, -1 where it is none of them."""
-    return next((i for i, known in enumerate(trainer.optimizers) if known is optimizer), -1)
 
 
 def _all_gather(output: Tensor, values: Tensor) -> None:

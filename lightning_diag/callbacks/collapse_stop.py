@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row, optimizer_index
+from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.collapse_judge import Judge, Limits, Numbers, Verdict
 from lightning_diag.callbacks.collapse_reason import explained, stop_reason
 from lightning_diag.callbacks.collapse_report import write_collapse_report
@@ -18,7 +18,11 @@ from lightning_diag.callbacks.collapse_rollback import (
     nonfinite_entries,
 )
 from lightning_diag.callbacks.collapse_window import Finder, Found, Predictions, Window
-from lightning_diag.callbacks.gradient_rows import completed_gradients, gradient_scaler
+from lightning_diag.callbacks.optimizers import (
+    completed_gradients,
+    gradient_scaler,
+    optimizer_index,
+)
 from lightning_diag.callbacks.run import run_logger
 from lightning_diag.functional.collapse_stop import merge_steps
 from lightning_diag.lightning import LightningModule, Trainer

@@ -10,11 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.collapse_rows import RawRows, as_read, raw_rows, step_values
-from lightning_diag.callbacks.gradient_rows import (
-    gradient_scaler,
-    own_parameters,
-    unscales_itself,
-)
+from lightning_diag.callbacks.optimizers import gradient_scaler, own_parameters, unscales_itself
 from lightning_diag.functional.collapse_stop import (
     ABSENT,
     gradient_squares,

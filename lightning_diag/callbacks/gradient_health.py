@@ -15,6 +15,8 @@ from lightning_diag.callbacks.gradient_rows import (
     UNKNOWN,
     GradientNumbers,
     GradientView,
+)
+from lightning_diag.callbacks.optimizers import (
     completed_gradients,
     gradient_scaler,
     own_parameters,

@@ -7,17 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.base import Row, optimizer_index
+from lightning_diag.callbacks.base import Row
+from lightning_diag.callbacks.optimizers import (
+    gradient_scaler,
+    optimizer_index,
+    own_parameters,
+    unscales_itself,
+)
 from lightning_diag.components import OTHER, Assignment
 from lightning_diag.functional.gradient_health import (
     clip_coefficient,
     gradient_summary,
     norm_shares,
 )
-from lightning_diag.functional.moments import Moments, completed
+from lightning_diag.functional.moments import Moments
 from lightning_diag.lightning import Trainer
 
 __all__ = [
@@ -25,31 +30,10 @@ __all__ = [
     "UNKNOWN",
     "GradientNumbers",
     "GradientView",
-    "completed_gradients",
-    "gradient_scaler",
-    "own_parameters",
-    "unscales_itself",
 ]
 
 UNKNOWN = "?"
 STATISTICS = ("count", "l2", "rms", "mean", "std", "min", "max", "zeros", "nonfinite")
-
-
-def gradient_scaler(trainer: Trainer) -> Any | None:
-    """The gradient scaler of mixed precision, where one is at work."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if scaler is not None and scaler.is_enabled() else None
-
-
-def unscales_itself(optimizer: Optimizer) -> bool:
-    """Whether the optimizer takes scaled gradients and unscales them inside its step."""
-    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def own_parameters(optimizer: Optimizer) -> list[Parameter]:
-    """The parameters of an optimizer, each once."""
-    groups = optimizer.param_groups
-    return list({id(p): p for group in groups for p in group["params"]}.values())
 
 
 @dataclass(frozen=True)
@@ -129,14 +113,6 @@ class GradientView:
             for gradient in gradients
         ]
         return replace(self, gradients=own)
-
-
-def completed_gradients(optimizer: Optimizer) -> list[Tensor | None]:
-    """An optimizer's gradients without pending sums over ranks; every rank must ask for them."""
-    return [
-        completed(parameter.grad) if isinstance(parameter.grad, DTensor) else parameter.grad
-        for parameter in own_parameters(optimizer)
-    ]
 
 
 def _algorithm(trainer: Trainer) -> str:

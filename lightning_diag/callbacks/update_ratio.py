@@ -10,14 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
-from lightning_diag.callbacks.update_ratio_rows import (
-    COLUMNS,
-    UpdateNumbers,
-    UpdateView,
-    completed_gradients,
-    named,
-    own_parameters,
-)
+from lightning_diag.callbacks.optimizers import completed_gradients, own_parameters
+from lightning_diag.callbacks.update_ratio_rows import COLUMNS, UpdateNumbers, UpdateView, named
 from lightning_diag.components import Components, Patterns
 from lightning_diag.functional.update_ratio import merge_updates
 from lightning_diag.lightning import LightningModule, Trainer

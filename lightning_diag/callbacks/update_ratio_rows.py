@@ -10,9 +10,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.base import Row, optimizer_index
+from lightning_diag.callbacks.base import Row
+from lightning_diag.callbacks.optimizers import optimizer_index, own_parameters
 from lightning_diag.components import OTHER, Assignment
-from lightning_diag.functional.moments import Moments, completed, local_shard
+from lightning_diag.functional.moments import Moments, local_shard
 from lightning_diag.functional.update_ratio import (
     gradient_sizes,
     update_ratio,
@@ -21,7 +22,12 @@ from lightning_diag.functional.update_ratio import (
 )
 from lightning_diag.lightning import Trainer
 
-__all__ = ["COLUMNS", "SizedGradients", "UpdateNumbers", "UpdateView", "own_parameters"]
+__all__ = [
+    "COLUMNS",
+    "SizedGradients",
+    "UpdateNumbers",
+    "UpdateView",
+]
 
 COLUMNS = 15
 _STATISTICS = (
@@ -32,11 +38,6 @@ _COUNTS = frozenset({"count", "nonfinite"})
 _NAMED = 3
 
 SizedGradients = list[Tensor | None]
-
-
-def own_parameters(optimizer: Optimizer) -> list[Parameter]:
-    """The parameters of an optimizer, each once."""
-    return list({id(p): p for group in optimizer.param_groups for p in group["params"]}.values())
 
 
 @dataclass(eq=False)
@@ -142,14 +143,6 @@ class UpdateView:
         """Give back the copies."""
         self.before = []
         self.parameters = []
-
-
-def completed_gradients(optimizer: Optimizer) -> SizedGradients:
-    """An optimizer's gradients without pending sums over ranks; every rank must ask for them."""
-    return [
-        completed(parameter.grad) if isinstance(parameter.grad, DTensor) else parameter.grad
-        for parameter in own_parameters(optimizer)
-    ]
 
 
 def _own_part(tensor: Tensor, trainer: Trainer, sharded: bool) -> Tensor:

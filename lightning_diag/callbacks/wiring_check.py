@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row, optimizer_index
+from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
+from lightning_diag.callbacks.optimizers import optimizer_index
 from lightning_diag.callbacks.transforms import PASSED_BY
 from lightning_diag.callbacks.wiring_forward import Cuts, ForwardWatch
 from lightning_diag.callbacks.wiring_gradients import Leftovers, SilentParameters

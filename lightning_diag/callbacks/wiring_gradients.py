@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.wiring_parameters import Subject, own_parameters
+from lightning_diag.callbacks.optimizers import own_parameters
+from lightning_diag.callbacks.wiring_parameters import Subject
 from lightning_diag.functional.wiring_check import magnitudes
 
 __all__ = ["Leftovers", "SilentParameters"]

@@ -9,10 +9,11 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Row
+from lightning_diag.callbacks.optimizers import own_parameters
 from lightning_diag.callbacks.wiring_tensors import attribute
 from lightning_diag.components import OTHER, Assignment, parameter_names, weight_of
 
-__all__ = ["Book", "Subject", "Ties", "listed", "own_parameters", "twin_pairs", "untied_by_config"]
+__all__ = ["Book", "Subject", "Ties", "listed", "twin_pairs", "untied_by_config"]
 
 _NAMED = 4
 
@@ -23,12 +24,6 @@ class Subject(NamedTuple):
     component: str
     name: str
     parameter: Parameter
-
-
-def own_parameters(optimizer: Optimizer) -> list[Parameter]:
-    """The parameters of an optimizer, each once."""
-    groups = optimizer.param_groups
-    return list({id(p): p for group in groups for p in group["params"]}.values())
 
 
 class Book:

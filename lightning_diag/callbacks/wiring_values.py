@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter, functional
 from torch.optim import Optimizer
 
-from lightning_diag.callbacks.wiring_parameters import Subject, own_parameters, twin_pairs
+from lightning_diag.callbacks.optimizers import own_parameters
+from lightning_diag.callbacks.wiring_parameters import Subject, twin_pairs
 from lightning_diag.components import weight_of
 from lightning_diag.functional.moments import gathered, local_shard
 from lightning_diag.functional.wiring_check import magnitudes
