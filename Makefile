@@ -61,6 +61,7 @@ test: lint
 bench: $(READY)
 	@$(BIN)/python -m benchmarks.moments --write
 	@$(BIN)/python -m benchmarks.gradient_health --write
+	@$(BIN)/python -m benchmarks.suite --write
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
