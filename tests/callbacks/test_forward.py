@@ -386,3 +386,24 @@ def test_nothing_stands_in_where_no_step_came(data, tmp_path):
     fit(module, [watch], data, tmp_path)
     assert watch.seen == []
     assert "training_step" not in vars(module)
+
+
+class Scripted(Task):
+    def __init__(self):
+        super().__init__()
+        self.script = torch.jit.script(nn.Sequential(nn.Linear(1, 4), nn.ReLU()))
+
+    def training_step(self, batch, batch_idx):
+        return self.script(self.net(batch[0])).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_scripted_modules_take_no_hooks_and_are_left_alone(data, tmp_path):
+    weights = []
+    for name, callbacks in {"a": [], "b": [Outputs()]}.items():
+        torch.manual_seed(1)
+        module = Scripted()
+        fit(module, callbacks, data, tmp_path / name)
+        weights.append(module.net.a.weight)
+    assert torch.equal(*weights)
+    assert {name for _, name, _ in callbacks[0].seen} == set(NAMES)
