@@ -1,7 +1,6 @@
 """What GradientHealth sees at one step, and the rows that it makes of the numbers."""
 
 from dataclasses import dataclass, replace
-from math import isnan
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lightning_diag.callbacks.optimizers import (
     own_parameters,
     unscales_itself,
 )
+from lightning_diag.callbacks.segments import number, read_segments
 from lightning_diag.components import OTHER, Assignment
 from lightning_diag.functional.gradient_health import (
     clip_coefficient,
@@ -152,11 +152,7 @@ class GradientNumbers:
             "extras": extras,
             "marks": marks,
         }
-        # one reading for all of them
-        flat = torch.cat([segment.reshape(-1).to(table) for segment in segments.values()]).tolist()
-        self._read: dict[str, list[float]] = {}
-        for name, segment in segments.items():
-            self._read[name], flat = flat[: segment.numel()], flat[segment.numel() :]
+        self._read = read_segments(segments, table)
 
     @property
     def marks(self) -> list[float]:
@@ -176,20 +172,20 @@ class GradientNumbers:
     @property
     def clip_coefficient(self) -> float | None:
         """Factor that clipping will apply; None where the gradient is not finite."""
-        return _number(self._read["clip"][0])
+        return number(self._read["clip"][0])
 
     def part_row(self, part: int) -> Row:
         """The row of one component."""
         row: Row = {"component": self.view.parts[part], **self._own()}
         row |= self._statistics("parts", part)
-        return row | self._presence(part) | {"share": _number(self._read["shares"][part])}
+        return row | self._presence(part) | {"share": number(self._read["shares"][part])}
 
     def whole_row(self) -> Row:
         """The row of the whole model, without what the callback's counters add."""
         found = self._statistics("whole", 0)
         nans = self._read["nans"][0]
-        largest, smallest, mean = (_number(norm) for norm in self._read["norms"])
-        shares = [_number(share) for share in self._read["shares"]]
+        largest, smallest, mean = (number(norm) for norm in self._read["norms"])
+        shares = [number(share) for share in self._read["shares"]]
         known = {part: share for part, share in enumerate(shares) if share is not None}
         dominant = max(known, key=known.__getitem__) if known else None
         row: Row = {"component": None, **self._own(), **found}
@@ -228,7 +224,7 @@ class GradientNumbers:
     def _statistics(self, segment: str, place: int) -> dict[str, Any]:
         width = len(STATISTICS)
         values = self._read[segment][place * width : (place + 1) * width]
-        found: dict[str, Any] = dict(zip(STATISTICS, map(_number, values), strict=True))
+        found: dict[str, Any] = dict(zip(STATISTICS, map(number, values), strict=True))
         found["count"], found["nonfinite"] = int(values[0]), int(values[-1])
         if not found["count"]:
             return dict.fromkeys(STATISTICS) | {"count": 0, "nonfinite": 0}
@@ -260,7 +256,3 @@ def _statistics(found: Moments) -> Tensor:
     """The columns of `STATISTICS`, shape ``(n, 9)``."""
     columns = (found.count, found.l2, found.rms, found.mean, found.std, found.min, found.max)
     return torch.stack([*columns, found.zeros / found.count, found.nonfinite], dim=1)
-
-
-def _number(value: float) -> float | None:
-    return None if isnan(value) else value

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Row
 from lightning_diag.callbacks.optimizers import optimizer_index, own_parameters
+from lightning_diag.callbacks.segments import number, read_segments
 from lightning_diag.components import OTHER, Assignment
 from lightning_diag.functional.moments import Moments, local_shard
 from lightning_diag.functional.update_ratio import (
@@ -194,11 +195,7 @@ class UpdateNumbers:
             "rates": rates,
             "marks": marks,
         }
-        # one reading for all of them
-        flat = torch.cat([segment.reshape(-1).to(table) for segment in segments.values()]).tolist()
-        self._read: dict[str, list[float]] = {}
-        for name, segment in segments.items():
-            self._read[name], flat = flat[: segment.numel()], flat[segment.numel() :]
+        self._read = read_segments(segments, table)
 
     @property
     def marks(self) -> list[float]:
@@ -241,7 +238,7 @@ class UpdateNumbers:
         row = self._begin(self.view.parts[self.view.index[place]])
         row["parameter"] = self.view.names[place]
         row |= self._statistics("parameters", place)
-        row["lr"] = _number(self._read["rates"][self.view.groups[place]])
+        row["lr"] = number(self._read["rates"][self.view.groups[place]])
         return row
 
     def names(self, part: int | None) -> set[str]:
@@ -261,7 +258,7 @@ class UpdateNumbers:
         if not values[0]:
             return dict.fromkeys(_STATISTICS) | dict.fromkeys(_COUNTS, 0)
         return {
-            key: int(value) if key in _COUNTS else _number(value)
+            key: int(value) if key in _COUNTS else number(value)
             for key, value in zip(_STATISTICS, values, strict=True)
         }
 
@@ -284,7 +281,3 @@ def _statistics(update: Moments, weight: Moments) -> Tensor:
     return torch.stack(
         [*columns, *shares, weight.l2, weight.rms, update_ratio(update, weight)], dim=1
     )
-
-
-def _number(value: float) -> float | None:
-    return None if isnan(value) else value

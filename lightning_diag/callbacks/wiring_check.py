@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
 from lightning_diag.callbacks.optimizers import optimizer_index
+from lightning_diag.callbacks.segments import number
 from lightning_diag.callbacks.transforms import PASSED_BY
 from lightning_diag.callbacks.wiring_forward import Cuts, ForwardWatch
 from lightning_diag.callbacks.wiring_gradients import Leftovers, SilentParameters
@@ -23,7 +24,6 @@ from lightning_diag.callbacks.wiring_rows import (
     Look,
     data_rows,
     loss_rows,
-    number,
     plain_row,
     summary_row,
     zero_rows,

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_diag.callbacks.base import Row
+from lightning_diag.callbacks.segments import number
 from lightning_diag.callbacks.wiring_losses import FACTS, LossCall
 from lightning_diag.callbacks.wiring_parameters import Book, Subject, listed
 from lightning_diag.functional.wiring_check import DATA_FACTS
 
-__all__ = ["Look", "data_rows", "loss_rows", "number", "plain_row", "summary_row", "zero_rows"]
+__all__ = ["Look", "data_rows", "loss_rows", "plain_row", "summary_row", "zero_rows"]
 
 _UNSCALED_RMS = 50.0
 _FEW_LABELS = 4
@@ -214,11 +215,6 @@ def zero_rows(book: Book, looks: Mapping[str, int], subjects: Sequence[Subject])
     for count, members in by_looks.items():
         rows += book.rows("unused_parameter", members, kind="zero", looks=count)
     return rows
-
-
-def number(value: float) -> float | None:
-    """None in place of NaN."""
-    return None if isnan(value) else value
 
 
 def _numel(shape: Sequence[int]) -> int:
