@@ -528,9 +528,10 @@ class Diagnostic(Callback):
         run = run_logger(trainer)
         if run is None:
             return
-        elapsed = self._clock.elapsed
-        # what works by the epoch spends its time outside of batches
-        own = self._clock.spent if self.paced_by_steps else self._seconds
+        elapsed, own = self._clock.elapsed, self._clock.spent
+        if not self.paced_by_steps:
+            # what works by the epoch, or before the first, spends its time outside of batches
+            elapsed, own = elapsed + self._seconds - own, self._seconds
         spent = max(own, self._device_seconds)
         row: Row = {
             "component": None,

@@ -16,7 +16,7 @@ HARD = ("nonfinite_loss", "nonfinite_gradient")
 _MOST_EVENTS = 100
 _SUMS = 6
 # shares of the window: of labels that are missed, of predictions of another class
-_MISSED, _OTHERS = 0.1, 0.1
+_MISSED = 0.1
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Judge:
     first_step: int = 0
     quiet_until: int = 0
     well: bool = True
-    had_classes: bool = False
+    one_class_steps: int = 0
     first_events: list[dict[str, Any]] = field(default_factory=list)
     last_events: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_MOST_EVENTS))
 
@@ -212,7 +212,7 @@ class Judge:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a memory; windows keep what fits into them."""
         for name in _COUNTERS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.quiet_until = max(self.quiet_until, self.limits.warmup_steps)
         self.first_events = list(state["first_events"])
         self.last_events.extend(state["last_events"])
@@ -285,14 +285,14 @@ class Judge:
         # classes beyond the bins share them: two at least, where the ends differ
         unique = unique if one_class or not self._batches else max(2, unique)
         top = max(bins) / total if total else None
-        if top is not None and merged["predictions"] >= enough and top < 1 - _OTHERS:
-            self.had_classes = True
-        judge = self.had_classes or self.judged >= self.limits.class_patience_steps
+        # to predict the majority for a while is how many healthy classifiers begin
+        self.one_class_steps = self.one_class_steps + 1 if knows and one_class else 0
+        lasted = self.one_class_steps + size - 1 if self.one_class_steps else 0
         return {
             "variance": variance,
             "unique_predictions": unique,
             "is_constant": variance is not None and variance < self.limits.variance_min,
-            "is_mode_collapse": knows and one_class and judge,
+            "is_mode_collapse": lasted > self.limits.class_patience_steps,
             "predictions": int(merged["predictions"]),
             "top_share": top,
             "labels_known": merged["labels"] > 0 and not merged["odd_labels"],
@@ -358,7 +358,7 @@ _COUNTERS = (
     "first_step",
     "quiet_until",
     "well",
-    "had_classes",
+    "one_class_steps",
 )
 
 

@@ -45,9 +45,9 @@ class CollapseStop(Diagnostic):
     if its predictions do not vary, or are all of one class. Enough events in a row are a collapse.
     The variance is judged over the fewest last steps that hold `min_predictions`; the class over
     `window_steps` steps, and more where these hold fewer predictions, if the labels there have two
-    classes and more than a tenth of them are missed. A healthy model may predict one class at
-    first: until it has once given a tenth to others, the class counts only after
-    `class_patience_steps`. A head that starts at zero is constant for a while: see `warmup_steps`.
+    classes and more than a tenth of them are missed. A healthy model may predict one class for a
+    while, as in a warm-up or where one class is rare: it counts after `class_patience_steps` of
+    that. A head that starts at zero is constant for a while: see `warmup_steps`.
 
     A step that the gradient scaler skips is no event: it neither goes on with a row of events nor
     ends it, unless its loss is not finite, or the scale is 1 or less, which cannot overflow.
@@ -89,8 +89,7 @@ class CollapseStop(Diagnostic):
         spike_factor: How many times the mean of the losses before makes a spike.
         min_predictions: Fewest predictions that are judged.
         warmup_steps: Steps at the start in which only what is not finite is an event.
-        class_patience_steps: Judged steps that a model is given to predict several classes for the
-            first time.
+        class_patience_steps: Judged steps in a row that may predict one class alone.
         logits_key: Where the returned dictionary holds the predictions.
         target_key: Where it, or else a batch that is a mapping, holds the labels.
         predictions: Called with what ``training_step`` returned and the batch instead; gives the

@@ -8,7 +8,8 @@ import torch
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.hardware_gpu import GpuProbe, peak_flops
 from lightning_diag.callbacks.hardware_sampler import HostProbe, Sampler
-from lightning_diag.callbacks.hardware_stopwatch import Stopwatch, Window, batch_size
+from lightning_diag.callbacks.hardware_stopwatch import Stopwatch, Window
+from lightning_diag.functional.batches import batch_size
 from lightning_diag.lightning import LightningModule, Trainer
 
 __all__ = ["HardwareMonitor"]

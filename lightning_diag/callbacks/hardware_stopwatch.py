@@ -1,12 +1,8 @@
 """How fast batches come and go, and how long the step waits for them."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor
-
-__all__ = ["Stopwatch", "Window", "batch_size"]
+__all__ = ["Stopwatch", "Window"]
 
 
 @dataclass
@@ -78,36 +74,3 @@ class Stopwatch:
         """What happened since the last call."""
         window, self._window = self._window, Window()
         return window
-
-
-def batch_size(batch: Any) -> int | None:
-    """Number of samples in a batch: the first dimension of its first tensor; None without one.
-
-    A batch of graphs is as large as the number of its graphs (``num_graphs``).
-
-    Example:
-        >>> import torch
-        >>> batch_size({"x": [torch.zeros(4, 3)], "y": torch.zeros(4)}), batch_size("text")
-        (4, None)
-    """
-    graphs = getattr(batch, "num_graphs", None)
-    if isinstance(graphs, int):
-        return graphs
-    first = next(_tensors(batch), None)
-    if first is None:
-        return None
-    return first.shape[0] if first.ndim else 1
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _tensors(value)
-    elif hasattr(batch, "__dataclass_fields__"):
-        for name in batch.__dataclass_fields__:
-            yield from _tensors(getattr(batch, name, None))

@@ -88,14 +88,14 @@ class TestChecks:
 
     def test_constant_predictions(self, tmp_path):
         # eight rows a step: 32 are in the last four
-        trainer = train(Planned(logits=since(4, constant)), tmp_path)
+        trainer = train(Planned(logits=since(4, constant)), tmp_path, class_patience_steps=0)
         whole = "constant_prediction,one_class"
         assert events(tmp_path) == {7: "constant_prediction", 8: whole, 9: whole}
         assert trainer.global_step == 10
         assert trainer.stop_reason["observed"] == 0
 
     def test_one_class(self, tmp_path):
-        trainer = train(Planned(logits=since(3, one_class)), tmp_path)
+        trainer = train(Planned(logits=since(3, one_class)), tmp_path, class_patience_steps=0)
         # the window of five steps is of one class from step 7 on
         assert events(tmp_path) == dict.fromkeys([7, 8, 9], "one_class")
         assert trainer.global_step == 10
@@ -187,6 +187,17 @@ class TestTraps:
         trainer = train(module, tmp_path, loader=batches(30), class_patience_steps=20)
         assert list(events(tmp_path)) == [20, 21, 22]
         assert trainer.global_step == 23
+
+    def test_a_model_that_leaves_several_classes_for_a_while(self, tmp_path):
+        """As in a warm-up: the random network predicts both, then the majority, then it learns."""
+
+        def majority(batch):
+            return one_class(batch) if 3 <= batch < 20 else mixed(batch)
+
+        module = Planned(logits=majority)
+        trainer = train(module, tmp_path, loader=batches(40), class_patience_steps=20)
+        assert not events(tmp_path)
+        assert trainer.global_step == 40
 
     @pytest.mark.parametrize(("rare", "ends"), [(3, 40), (5, 7)])
     def test_labels_of_which_few_are_missed(self, tmp_path, rare, ends):

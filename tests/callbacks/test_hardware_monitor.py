@@ -19,7 +19,8 @@ from lightning_diag.callbacks import hardware_monitor, hardware_sampler
 from lightning_diag.callbacks.hardware_gpu import GpuProbe, peak_flops
 from lightning_diag.callbacks.hardware_monitor import HardwareMonitor
 from lightning_diag.callbacks.hardware_sampler import HostProbe, Sampler
-from lightning_diag.callbacks.hardware_stopwatch import Stopwatch, batch_size
+from lightning_diag.callbacks.hardware_stopwatch import Stopwatch
+from lightning_diag.functional.batches import batch_size
 from lightning_diag.lightning import Callback
 from tests.callbacks.witness import Witness, fit, lightning, rows, scaler_plugin
 from tests.promises.reads import WatchSteps

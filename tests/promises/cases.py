@@ -1,6 +1,7 @@
 """The diagnostics that must keep the promises: a new one is added by one line."""
 
 from functools import partial
+from tempfile import gettempdir
 
 from lightning_diag import (
     ActivationHealth,
@@ -12,10 +13,18 @@ from lightning_diag import (
     HardwareMonitor,
     HealthAlerts,
     LatentStats,
+    LRCache,
     UpdateRatio,
     WiringCheck,
 )
 from lightning_diag.callbacks.base import Diagnostic
+
+
+def _lr_cache(every_n_steps: object = None, **arguments: object) -> LRCache:
+    """Searches once, whatever the interval; what it finds is not set, which would be its task."""
+    options = {"num_steps": 20, "apply": False, "refresh": True, "cache_dir": gettempdir()}
+    return LRCache(**options, optimizer=0, **arguments)
+
 
 _PAIR = ["net.body.0.weight", "net.body.3.weight"]
 
@@ -31,6 +40,7 @@ DIAGNOSTICS = {
     "component_profiler": partial(ComponentProfiler, table=False),
     "blob_metrics": partial(BlobMetrics, {"body": _PAIR}, every_n_epochs=None, results=False),
     "hardware_monitor": HardwareMonitor,
+    "lr_cache": _lr_cache,
     "health_alerts": partial(HealthAlerts, console=False),
 }
 CASES = [*DIAGNOSTICS, "all"]
@@ -40,6 +50,8 @@ CLASSES = {type(make(every_n_steps=2)): name for name, make in reversed(DIAGNOST
 ALSO: dict[str, set[int]] = {"WiringCheck": {0, 1, 2}}
 # those that look at every micro-batch of a step
 WHOLE_STEPS: set[str] = {"WiringCheck"}
+# those that work once, before the first step
+ONCE = {"LRCache"}
 # those that measure by the epoch, whatever `every_n_steps` is
 BY_EPOCH: set[str] = set()
 

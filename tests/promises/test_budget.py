@@ -9,7 +9,7 @@ import pytest
 from lightning_diag import RunLogger
 from lightning_diag.lightning import Trainer
 from lightning_diag.records import read_run
-from tests.promises.cases import ALSO, BY_EPOCH, CLASSES, build
+from tests.promises.cases import ALSO, BY_EPOCH, CLASSES, ONCE, build
 from tests.promises.networks import Classifier, batches
 from tests.promises.trace import QUIET, seed, train
 
@@ -57,10 +57,10 @@ def test_every_diagnostic_reports_its_cost(name, tmp_path):
         assert 0 <= row["step_seconds"] < row["elapsed"]
         assert row["seconds"] > 0
         assert row["device_seconds"] is None
-        assert row["every_n_steps"] == (None if name in BY_EPOCH else 2)
+        assert row["every_n_steps"] == (None if name in BY_EPOCH | ONCE else 2)
     # two epochs of six steps, of which every second one is measured
-    if name in BY_EPOCH:
-        assert rows[-1]["measured"] == 2
+    if name in BY_EPOCH | ONCE:
+        assert rows[-1]["measured"] == (1 if name in ONCE else 2)
     else:
         assert 6 <= rows[-1]["measured"] <= 6 + len(ALSO.get(name, ()))
 
