@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 DOORS := tests/callbacks tests/promises tests/records
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench reproduce clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test    ruff, mypy, doctests and all tests, under both Lightning packages"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"
+	@echo "make reproduce  train transformer, graph net and their fusion with three seeds each, and aggregate them"
 	@echo "make clean   remove .venv, caches and build folders; runs/ stays"
 
 # what training and reporting need
@@ -62,6 +63,10 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.moments --write
 	@$(BIN)/python -m benchmarks.gradient_health --write
 	@$(BIN)/python -m benchmarks.suite --write
+
+# nine runs; started again, it goes on where it was cut
+reproduce: $(RUNS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.code.reproduce --out runs/reproduce
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_diag.callbacks.hardware_monitor import HardwareMonitor as HardwareMonitor
     from lightning_diag.callbacks.health_alerts import HealthAlerts as HealthAlerts
     from lightning_diag.callbacks.latent_stats import LatentStats as LatentStats
+    from lightning_diag.callbacks.lr_cache import LRCache as LRCache
     from lightning_diag.callbacks.update_ratio import UpdateRatio as UpdateRatio
     from lightning_diag.callbacks.wiring_check import WiringCheck as WiringCheck
     from lightning_diag.components import Components as Components
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lightning_diag.records import read_run as read_run
     from lightning_diag.rules import diagnose as diagnose
     from lightning_diag.suites import suite as suite
+    from lightning_diag.tuning.batch_size import profile_batch_sizes as profile_batch_sizes
 
 __version__ = "0.1.0"
 
@@ -34,12 +36,14 @@ _HOMES = {
     "GradientHealth": "lightning_diag.callbacks.gradient_health",
     "HardwareMonitor": "lightning_diag.callbacks.hardware_monitor",
     "HealthAlerts": "lightning_diag.callbacks.health_alerts",
+    "LRCache": "lightning_diag.callbacks.lr_cache",
     "LatentStats": "lightning_diag.callbacks.latent_stats",
     "RunLogger": "lightning_diag.records",
     "UpdateRatio": "lightning_diag.callbacks.update_ratio",
     "WiringCheck": "lightning_diag.callbacks.wiring_check",
     "diagnose": "lightning_diag.rules",
     "param_groups": "lightning_diag.components",
+    "profile_batch_sizes": "lightning_diag.tuning.batch_size",
     "read_run": "lightning_diag.records",
     "suite": "lightning_diag.suites",
 }
@@ -54,12 +58,14 @@ __all__ = [
     "GradientHealth",
     "HardwareMonitor",
     "HealthAlerts",
+    "LRCache",
     "LatentStats",
     "RunLogger",
     "UpdateRatio",
     "WiringCheck",
     "diagnose",
     "param_groups",
+    "profile_batch_sizes",
     "read_run",
     "suite",
 ]

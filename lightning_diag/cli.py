@@ -2,10 +2,9 @@
 
 import os
 import re
-import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module, metadata, resources
@@ -14,14 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from lightning_diag.commands import lr_cache
+from lightning_diag.commands.aggregate import aggregate
+from lightning_diag.commands.clip_value import clip_value
+from lightning_diag.commands.errors import UsageError, plain_errors
 from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, takes, unknown_arguments
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lightning_diag.lightning import Callback, Trainer
+    from lightning_diag.lightning import Callback, LightningDataModule, LightningModule, Trainer
 
-__all__ = ["app", "main"]
+__all__ = ["app", "main", "make_for_batch_size"]
 
 app = typer.Typer(
     name="lightning-diag",
@@ -31,14 +34,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(lr_cache.app, name="lr-cache")
+app.command()(aggregate)
+app.command("clip-value")(clip_value)
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")]
 
 _HYDRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _GROUP_VARIABLES = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-
-
-class UsageError(Exception):
-    """What was asked for cannot be done as it was written; ends the command with status 2."""
 
 
 def main() -> None:
@@ -57,8 +59,26 @@ def train(context: typer.Context, debug: Debug = False) -> None:
     `ckpt_path=RUN/checkpoints/last.ckpt` resumes a run in its own folder, `run_dir=DIR` chooses
     another.
     """
-    with _plain_errors(debug):
+    with plain_errors(debug):
         _hydra(context.args)
+
+
+@app.command(name="batch-size", context_settings=_HYDRA_ARGUMENTS)
+def batch_size(context: typer.Context, debug: Debug = False) -> None:
+    """Measure batch sizes: `experiment=NAME batch_sizes=[16,32,64] [epochs=5] [KEY=VALUE ...]`.
+
+    Each size is trained in a process of its own, for one warm-up epoch and `epochs` more, on one
+    device and without callbacks and loggers; running out of memory is a result. Writes a table
+    and a recommendation into `output=FILE.md`, a chart and JSON beside it.
+
+    `memory_limit_gib=8` tries a smaller device, `timeout_s=600` ends a size that takes longer,
+    `spare=0.2` asks for more free memory than 0.15. Everything else is passed on to Hydra.
+    """
+    with plain_errors(debug):
+        from lightning_diag.commands.batch_size import batch_size
+
+        status = batch_size(context.args, _compose_for_batch_sizes, make_for_batch_size)
+    raise typer.Exit(status)
 
 
 @app.command()
@@ -71,7 +91,7 @@ def report(
 
     Exits with 0 on a healthy run, 3 on warnings, 4 on critical findings, 2 on wrong usage.
     """
-    with _plain_errors(debug):
+    with plain_errors(debug):
         _check_run(run)
         from rich.console import Console
 
@@ -87,40 +107,6 @@ def version() -> None:
     """Print the versions of lightning-diag and of what it stands on."""
     for package in ("lightning-diag", "torch", "pytorch-lightning", "hydra-core"):
         typer.echo(f"{package} {metadata.version(package)}")
-
-
-@contextmanager
-def _plain_errors(debug: bool) -> Iterator[None]:
-    try:
-        yield
-    except UsageError as error:
-        if debug:
-            raise
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
-    except typer.Exit:
-        raise
-    except SystemExit as error:
-        # Lightning ends a training that was sent SIGTERM with this, and without a status
-        if type(error).__name__ == "SIGTERMException":
-            raise typer.Exit(128 + signal.SIGTERM) from error
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        place = _place(error)
-        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
-        typer.echo(f"in {place}; `--debug` shows the way there.", err=True)
-        raise typer.Exit(1) from error
-
-
-def _place(error: Exception) -> str:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
-        return "an unknown place"
-    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
 
 
 def _check_run(run: Path) -> None:
@@ -140,7 +126,7 @@ def _hydra(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    options, overrides, folder = _split(arguments)
+    options, overrides, folder = _split(arguments, "train")
     command = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
@@ -154,7 +140,7 @@ def _hydra(arguments: list[str]) -> None:
         sys.argv = command
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
+def _split(arguments: list[str], command: str) -> tuple[list[str], list[str], str | None]:
     """Hydra's options, the overrides, and the user's folder of configuration."""
     from hydra._internal.utils import get_args_parser
 
@@ -163,7 +149,7 @@ def _split(arguments: list[str]) -> tuple[list[str], list[str], str | None]:
     for argument in arguments:
         option = argument.partition("=")[0]
         if argument.startswith("--") and option not in known:
-            raise UsageError(f"`train` has no option `{option}`; {did_you_mean(option, known)}")
+            raise UsageError(f"`{command}` has no option `{option}`; {did_you_mean(option, known)}")
     parsed = parser.parse_intermixed_args(arguments)
     for override in parsed.overrides:
         if "=" not in override and not override.startswith("~"):
@@ -242,6 +228,65 @@ def _search_path(hydra: Any) -> list[str]:  # noqa: ANN401
         if source.provider == "command-line":
             given += ["--config-dir", source.path]
     return given
+
+
+def make_for_batch_size(
+    batch_size: int, *, overrides: list[str], folder: str | None
+) -> "tuple[dict[str, Any], LightningModule, LightningDataModule]":
+    """The arguments of the Trainer, the model and the data of an experiment, for one batch size.
+
+    Called in the processes of `lightning-diag batch-size`, which find it by its name.
+
+    Args:
+        batch_size: Samples in a batch.
+        overrides: What Hydra composes the experiment from.
+        folder: The user's folder of configuration.
+    """
+    from omegaconf import OmegaConf
+
+    from lightning_diag import lightning as door
+    from lightning_diag.tuning.hardware import detect, settings
+
+    chosen = [f"hardware.batch_size={batch_size}", "hardware.devices=1"]
+    config = _composed([*overrides, *chosen], folder)
+    config.hardware = asdict(settings(detect(), config.hardware))
+    plain = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
+    data, model = _build(plain["data"], "data"), _build(plain["model"], "model")
+    trainer = {key: value for key, value in plain["trainer"].items() if key != "_target_"}
+    return _build(trainer, "trainer"), model, data
+
+
+def _compose_for_batch_sizes(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    from omegaconf import OmegaConf
+
+    options, overrides, folder = _split(list(arguments), "batch-size")
+    if [option for option in options if option.startswith("-")] not in ([], ["--config-dir"]):
+        raise UsageError(f"`batch-size` takes `--config-dir` alone, got `{' '.join(options)}`.")
+    config = _composed(overrides, folder)
+    plain = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+    _check(plain)
+    return str(plain["name"]), {"overrides": overrides, "folder": folder}
+
+
+def _composed(overrides: list[str], folder: str | None) -> "DictConfig":
+    """The configuration that `train` would get, but for the machine's settings."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
+    path = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
+    try:
+        with initialize_config_module("lightning_diag.conf", version_base="1.3"):
+            config = compose("train", [*overrides, *path])
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides, folder)) from error
+    return config
 
 
 @contextmanager

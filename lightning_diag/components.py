@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn import Parameter
 
+from lightning_diag.spelling import did_you_mean
+
 __all__ = [
     "Assignment",
     "Components",
@@ -171,7 +173,7 @@ def matches(name: str, glob: str) -> bool:
 
 def param_groups(
     model: nn.Module,
-    lrs: Mapping[str, float],
+    lrs: Mapping[str, float | None],
     default: float | None = None,
     *,
     base_lr: float | None = None,
@@ -179,38 +181,58 @@ def param_groups(
 ) -> list[dict[str, object]]:
     """Optimizer parameter groups that give every component a learning rate of its own.
 
+    Schedulers that multiply keep the ratios of the groups: `LambdaLR`, `LinearLR`,
+    `CosineAnnealingLR` down to 0, `ReduceLROnPlateau`, and chains of these. A floor, ``eta_min`` or
+    ``min_lr``, is one rate for all groups: near it the ratios go, and ``eta_min`` lifts a group
+    that lies below. `OneCycleLR` and `CyclicLR` set every group to the rates they are given: give
+    them one for each group, as in the example.
+
+    A rate of 0 stops the updates of a part and nothing else: it still costs a backward pass, and
+    counts in the norm that is clipped. ``requires_grad_(False)`` before this call freezes it, and
+    leaves it out of the groups. A tied parameter belongs to one component, see `Components`. A run
+    that is resumed has the rates of its checkpoint, whatever is given here.
+
     Args:
         model: The network; its frozen parameters are left out.
-        lrs: Component to learning rate, or to a multiplier where `base_lr` is given. Without
-            `components` a key names a top-level part or, failing that, is a glob over names.
+        lrs: Component to learning rate, or to a multiplier where `base_lr` is given; None as if
+            the component were not named. Without `components` a key names a top-level part or,
+            failing that, is a glob over names, of which the first that matches wins.
         default: Learning rate (or multiplier) of all other parameters; without it `base_lr` (or
             multiplier 1), or the optimizer's own default where neither is given.
         base_lr: The learning rate that multipliers refer to.
-        components: The parts of the model.
+        components: The parts of the model; their names and ``other`` are then the only keys.
 
     Returns:
         Groups ``{"params", "lr", "name"}`` for a `torch.optim.Optimizer`, in the order of the
-        components; empty groups are left out. The name is what `LearningRateMonitor` shows.
+        components; empty groups are left out. The name is what `LearningRateMonitor` shows; parts
+        that `lrs` does not name make up one group, ``other``, unless it names that one too.
 
     Raises:
-        ValueError: If a rate is negative, or a key of `lrs` names no component.
+        TypeError: If `lrs` is not a mapping, or a rate is not a number.
+        ValueError: If a rate is negative or not finite, or a key of `lrs` names no component.
 
     Example:
         >>> model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
         >>> groups = param_groups(model, {"encoder": 0.1}, base_lr=1e-2)
         >>> [(group["name"], group["lr"]) for group in groups]
         [('encoder', 0.001), ('other', 0.01)]
+        >>> import torch
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> peaks = [group["lr"] for group in optimizer.param_groups]
+        >>> schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=100)
+        >>> [round(group["lr"], 6) for group in optimizer.param_groups]  # a 25th of each, to begin
+        [4e-05, 0.0004]
     """
-    for name, rate in {**lrs, "default": default, "base_lr": base_lr}.items():
-        if rate is not None and not rate >= 0:
-            raise ValueError(f"Learning rates must be at least 0, got {rate} for `{name}`.")
-    parts = _parts_for(model, lrs, components)
+    rates = _rates(lrs)
+    for name, given in {"default": default, "base_lr": base_lr}.items():
+        _check_rate(name, given)
+    parts = _parts_for(model, rates, components)
     factor = 1.0 if base_lr is None else base_lr
     rest = default if default is not None else (1.0 if base_lr is not None else None)
     groups: dict[str, dict[str, object]] = {}
     for component, members in parts.items():
-        rate = lrs.get(component, rest)
-        name = component if component in lrs else OTHER
+        rate = rates.get(component, rest)
+        name = component if component in rates or OTHER in rates else OTHER
         trainable = [parameter for parameter in members.values() if parameter.requires_grad]
         if not trainable:
             continue
@@ -221,21 +243,52 @@ def param_groups(
     return list(groups.values())
 
 
+def _rates(lrs: Mapping[str, float | None]) -> dict[str, float]:
+    if not isinstance(lrs, Mapping):
+        raise TypeError(
+            f"Learning rates must be a mapping of components to numbers, got {type(lrs).__name__}."
+        )
+    for name, rate in lrs.items():
+        _check_rate(name, rate)
+    return {name: rate for name, rate in lrs.items() if rate is not None}
+
+
+def _check_rate(name: str, rate: float | None) -> None:
+    if rate is None:
+        return
+    if isinstance(rate, bool) or not hasattr(rate, "__float__"):
+        raise TypeError(f"Learning rates must be numbers, got {rate!r} for `{name}`.")
+    if not 0 <= rate < float("inf"):
+        raise ValueError(f"Learning rates must be at least 0 and finite, got {rate} for `{name}`.")
+
+
 def _parts_for(
     model: nn.Module, lrs: Mapping[str, float], components: Components | Patterns | None
 ) -> dict[str, dict[str, Parameter]]:
-    if components is None:
-        children = Components().assign(model)
-        if set(lrs) <= set(children.names):
-            return children.parameters
-        components = Components({name: name for name in lrs})
-    parts = Components(components).assign(model).parameters
-    known = [name for name, _ in parameter_names(model)]
+    assignment = Components(components).assign(model)
+    parts = [part for part in assignment.names if assignment.parameters[part]]
+    if components is None and not set(lrs) <= set(assignment.names):
+        # a key that names a part takes it, any other is a glob
+        globs = {name: list(assignment.parameters.get(name, ())) or [name] for name in lrs}
+        assignment = Components(globs).assign(model)
     for name in lrs:
-        if not parts.get(name):
-            near = nearest(name, [*(part for part in parts if parts[part]), *_prefixes(known)])
-            raise ValueError(f"`lrs` must name components of the model, got `{name}`; {near}.")
-    return parts
+        if not assignment.parameters.get(name):
+            taken = _taken(name, assignment)
+            if taken:
+                raise ValueError(f"`{name}` has nothing left to have a learning rate for: {taken}")
+            names = [name for name, _ in parameter_names(model)] if components is None else []
+            near = f"{nearest(name, [*parts, *_prefixes(names)])}." if names else ""
+            near = near or did_you_mean(name, parts)
+            raise ValueError(
+                f"A learning rate must be for a component of the model, got `{name}`; {near}"
+            )
+    return assignment.parameters
+
+
+def _taken(name: str, assignment: Assignment) -> str | None:
+    """The note that says who has the parameters of a component that has none."""
+    notes = (note for note in assignment.notes if f"`{name}`" in note)
+    return next((note for note in notes if "matches nothing" not in note), None)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

@@ -306,7 +306,7 @@ class TestParamGroups:
 
     @pytest.mark.parametrize(("key", "near"), [("hed", "head"), ("embeding", "embedding")])
     def test_an_unknown_key_is_refused_with_the_nearest_names(self, key, near):
-        words = f"`lrs` must name components of the model, got `{key}`; .*`{near}`"
+        words = f"A learning rate must be for a component of the model, got `{key}`; .*`{near}`"
         with pytest.raises(ValueError, match=words):
             param_groups(Net(), {key: 0.1}, 0.2)
         with pytest.raises(ValueError, match=f"got `{key}`; .*`{near}`"):
@@ -314,14 +314,16 @@ class TestParamGroups:
                 Net(), {key: 0.1}, 0.2, components={"embedding": "embedding", "head": "head"}
             )
 
-    @pytest.mark.parametrize("bad", [-0.1, float("nan")])
-    def test_a_rate_must_not_be_negative(self, bad):
+    @pytest.mark.parametrize("bad", [-0.1, float("nan"), float("inf")])
+    def test_a_rate_must_be_finite_and_not_negative(self, bad):
         for arguments in (
             {"lrs": {"head": bad}},
             {"lrs": {}, "default": bad},
             {"lrs": {}, "base_lr": bad},
         ):
-            with pytest.raises(ValueError, match="Learning rates must be at least 0, got"):
+            with pytest.raises(
+                ValueError, match="Learning rates must be at least 0 and finite, got"
+            ):
                 param_groups(Net(), **arguments)
 
     def test_a_schedule_keeps_the_ratios_and_the_monitor_their_names(self, loader, tmp_path):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from lightning_diag import (
     HardwareMonitor,
     HealthAlerts,
     LatentStats,
+    LRCache,
     RunLogger,
     UpdateRatio,
     WiringCheck,
@@ -41,6 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 EVERYWHERE = {"step", "epoch", "time", "attempt", "component"}
 BROKEN_FROM = 12
+CACHE = Path(gettempdir()) / "lightning_diag_test_readme"
 
 
 def quoted(text: str) -> set[str]:
@@ -113,6 +116,7 @@ def diagnostics(**options: dict[str, object]) -> list[Diagnostic]:
         ActivationHealth: {"window": 1},
         LatentStats: {},
         BlobMetrics: {},
+        LRCache: {"every_n_steps": None, "optimizer": 0, "apply": False, "cache_dir": CACHE},
         HealthAlerts: {"console": False},
     }
     return [

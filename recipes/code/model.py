@@ -1,7 +1,7 @@
-"""The code transformer as a LightningModule: loss, metrics, learning rate."""
+"""What the models of the recipe share (loss, metrics, learning rate), and the transformer."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -24,28 +24,22 @@ from lightning_diag.lightning import LightningModule
 from recipes.code.batches import Batch
 from recipes.code.network import Encoder, Head, StatementEmbedding
 
-__all__ = ["CodeTransformer", "warmup_cosine"]
+__all__ = ["CodeClassifier", "CodeTransformer", "warmup_cosine"]
 
 
-class CodeTransformer(LightningModule):
-    """Says whether a function is vulnerable: `embedding`, pre-norm `encoder`, `head`.
+class CodeClassifier(LightningModule):
+    """What every model of this recipe has in common: steps, metrics, optimizer, learning rate.
 
-    The loss is cross-entropy with the class weights of the data module. The learning rate rises
-    linearly over the first optimizer steps and falls to zero as a cosine.
+    A model says in ``forward`` how a batch becomes two logits a function. The loss is cross-entropy
+    with the class weights of the data module. The learning rate rises linearly over the first
+    optimizer steps and falls to zero as a cosine.
 
     Args:
         optimizer: makes the optimizer from parameters; None for AdamW with ``lr=2e-3``.
         component_lrs: component to factor on the optimizer's learning rate, as
             ``{"encoder": 0.1}``; None for one rate throughout.
-        vocabulary_size: number of token ids, as in the data module.
-        width: length of the vectors.
-        layers: number of blocks.
-        heads: attention heads in each, at least 2.
-        dropout: share of numbers dropped in training, 0 to 1.
-        name_bias: extra attention score, at the start, between lines that share a name; None for
-            a plain transformer.
-        max_columns: places in a line that are told apart.
-        max_statements: lines that are told apart.
+        components: the parts that `component_lrs` speaks of, name to globs; None for the
+            top-level children.
         warmup_share: share of the optimizer steps over which the learning rate rises, 0 to 1.
 
     Logs:
@@ -57,30 +51,18 @@ class CodeTransformer(LightningModule):
 
     def __init__(
         self,
-        *,
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
-        component_lrs: Mapping[str, float] | None = None,
-        vocabulary_size: int = 8192,
-        width: int = 64,
-        layers: int = 6,
-        heads: int = 4,
-        dropout: float = 0.1,
-        name_bias: float | None = 4.0,
-        max_columns: int = 24,
-        max_statements: int = 512,
-        warmup_share: float = 0.1,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None,
+        component_lrs: Mapping[str, float | None] | None,
+        warmup_share: float,
+        components: Mapping[str, str | Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
-        _check(width, heads, layers, warmup_share)
-        self.save_hyperparameters(ignore=["optimizer"])
+        if not 0 <= warmup_share <= 1:
+            raise ValueError(f"`warmup_share` must be between 0 and 1, got {warmup_share}.")
         self.optimizer = optimizer or partial(AdamW, lr=2e-3)
         self.component_lrs = component_lrs
+        self.components = components
         self.warmup_share = warmup_share
-        self.embedding = StatementEmbedding(
-            vocabulary_size, width, max_columns, max_statements, dropout
-        )
-        self.encoder = Encoder(width, layers, heads, dropout, name_bias)
-        self.head = Head(width)
         self.class_weights: Tensor
         self.register_buffer("class_weights", torch.ones(2))
         self.val_scores = _scores("val_")
@@ -93,15 +75,9 @@ class CodeTransformer(LightningModule):
         if weights is not None:
             self.class_weights.copy_(torch.tensor(weights))
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits ``(batch, 2)`` of safe and vulnerable."""
-        encoded = self.encoder(self.embedding(batch), batch)
-        logits: Tensor = self.head(encoded, batch.filled)
-        return logits
-
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         logits = self(batch)
-        loss = self._loss(logits, batch.target)
+        loss = self.loss(logits, batch.target)
         self.log("train_loss", loss, batch_size=len(batch.target), prog_bar=True)
         return {"loss": loss, "logits": logits.detach(), "target": batch.target}
 
@@ -124,7 +100,7 @@ class CodeTransformer(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.component_lrs:
             base_lr = optimizer.defaults["lr"]
-            optimizer = self.optimizer(param_groups(self, self.component_lrs, base_lr=base_lr))
+            optimizer = self.optimizer(self.parameter_groups(base_lr))
         steps = self.trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise ValueError(
@@ -135,11 +111,20 @@ class CodeTransformer(LightningModule):
         scheduler = {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def parameter_groups(self, base_lr: float) -> list[dict[str, object]]:
+        """Groups for an optimizer, with the learning rates of `component_lrs` at this base.
+
+        Raises:
+            ValueError: if `component_lrs` names what is no component of the model.
+        """
+        lrs = self.component_lrs or {}
+        return param_groups(self, lrs, base_lr=base_lr, components=self.components)
+
     def _evaluate(
         self, batch: Batch, stage: str, scores: MetricCollection, within: BinaryAUROC
     ) -> dict[str, Tensor]:
         logits = self(batch)
-        loss = self._loss(logits, batch.target)
+        loss = self.loss(logits, batch.target)
         probability = logits.float().softmax(dim=-1)[:, 1]
         scores.update(probability, batch.target)
         size = len(batch.target)
@@ -150,8 +135,65 @@ class CodeTransformer(LightningModule):
             self.log(f"{stage}_auc_within_injected", within, batch_size=size)
         return {"loss": loss, "logits": logits, "target": batch.target}
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The mean loss of logits ``(batch, 2)`` against classes ``(batch,)``."""
         return F.cross_entropy(logits.float(), target, weight=self.class_weights)
+
+
+class CodeTransformer(CodeClassifier):
+    """Says whether a function is vulnerable: `embedding`, pre-norm `encoder`, `head`.
+
+    Loss, learning rate and what is logged are those of `CodeClassifier`.
+
+    Args:
+        optimizer: makes the optimizer from parameters; None for AdamW with ``lr=2e-3``.
+        component_lrs: component to factor on the optimizer's learning rate, as
+            ``{"encoder": 0.1}``; None for one rate throughout.
+        components: the parts that `component_lrs` speaks of, name to globs; None for `embedding`,
+            `encoder` and `head`.
+        vocabulary_size: number of token ids, as in the data module.
+        width: length of the vectors.
+        layers: number of blocks.
+        heads: attention heads in each, at least 2.
+        dropout: share of numbers dropped in training, 0 to 1.
+        name_bias: extra attention score, at the start, between lines that share a name; None for
+            a plain transformer.
+        max_columns: places in a line that are told apart.
+        max_statements: lines that are told apart.
+        warmup_share: share of the optimizer steps over which the learning rate rises, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        *,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        component_lrs: Mapping[str, float | None] | None = None,
+        components: Mapping[str, str | Sequence[str]] | None = None,
+        vocabulary_size: int = 8192,
+        width: int = 64,
+        layers: int = 6,
+        heads: int = 4,
+        dropout: float = 0.1,
+        name_bias: float | None = 4.0,
+        max_columns: int = 24,
+        max_statements: int = 512,
+        warmup_share: float = 0.1,
+    ) -> None:
+        super().__init__(optimizer, component_lrs, warmup_share, components)
+        _check(width, heads, layers)
+        self.save_hyperparameters(ignore=["optimizer"])
+        self.embedding = StatementEmbedding(
+            vocabulary_size, width, max_columns, max_statements, dropout
+        )
+        self.encoder = Encoder(width, layers, heads, dropout, name_bias)
+        self.head = Head(width)
+        self.parameter_groups(1.0)  # names a component that does not exist before data are made
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits ``(batch, 2)`` of safe and vulnerable."""
+        encoded = self.encoder(self.embedding(batch), batch)
+        logits: Tensor = self.head(encoded, batch.filled)
+        return logits
 
 
 def warmup_cosine(step: int, *, steps: int, warmup_share: float) -> float:
@@ -189,10 +231,8 @@ def _scores(prefix: str) -> MetricCollection:
     )
 
 
-def _check(width: int, heads: int, layers: int, warmup_share: float) -> None:
+def _check(width: int, heads: int, layers: int) -> None:
     if heads < 2 or width % heads:
         raise ValueError(f"`heads` must be at least 2 and divide `width`, got {heads} and {width}.")
     if layers < 1:
         raise ValueError(f"`layers` must be at least 1, got {layers}.")
-    if not 0 <= warmup_share <= 1:
-        raise ValueError(f"`warmup_share` must be between 0 and 1, got {warmup_share}.")

@@ -65,7 +65,7 @@ def test_the_default_components_are_none():
         (
             "model/code_transformer.yaml",
             CodeTransformer,
-            {"optimizer", "component_lrs", "vocabulary_size"},
+            {"optimizer", "component_lrs", "components", "vocabulary_size"},
         ),
     ],
 )

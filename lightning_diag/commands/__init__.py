@@ -1,0 +1,1 @@
+"""Subcommands of `lightning-diag`, each a small typer app of its own."""
