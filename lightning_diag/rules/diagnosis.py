@@ -86,6 +86,9 @@ def _with_causes(findings: list[Finding]) -> list[Finding]:
 def _explains(cause: Finding, effect: Finding) -> bool:
     if cause.rank == 0 or effect.rule not in RULES[cause.rule].explains:
         return False
+    # a loss that is the same to the last bit is an effect of gradients that are tiny, but there
+    if (cause.rule, cause.unit, effect.rule) == ("detached_graph", "loss", "vanishing_gradient"):
+        return False
     # a part that died or blew up disturbs the balance of all; other effects stay where they began
     anywhere = effect.rule in ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
     together = None in (cause.component, effect.component) or cause.component == effect.component

@@ -194,8 +194,9 @@ def _tiny_from_the_start(traces: list[Trace], t: VanishingGradient) -> Finding |
         ),
         suggestion=(
             "Look at the loss and the last layer first: a loss that is divided by a large number, "
-            "an output that saturates (sigmoid or softmax applied twice), weights that start too "
-            "small. If the run went on from a model that had converged, this is expected."
+            "an output that saturates (sigmoid or softmax applied twice), logits whose spread is "
+            "far below 1 (a product of many unit vectors, a high temperature), weights that start "
+            "too small. If the run went on from a model that had converged, this is expected."
         ),
         confidence=0.6,
     )

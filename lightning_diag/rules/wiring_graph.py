@@ -88,9 +88,12 @@ def _constant_loss(fault: Fault, t: DetachedGraph) -> Finding:
     return fault.finding(
         "warning" if loss else "info",
         f"The loss was {loss:g} to the last bit at {fault.number('looks'):.0f} looks in a row, "
-        "with different batches: it does not depend on the batch, or on the weights.",
+        "with different batches: it does not depend on the batch or on the weights, or by less "
+        "than its precision shows.",
         "See that the loss is computed from the model's output and this batch, that the output is "
-        "not constant (saturated, clamped, one class only), and that the optimizer is stepped.",
+        "not constant (saturated, clamped, one class only), and that the optimizer is stepped. "
+        "Where gradients arrive and are tiny, the scale of the logits is at fault: see "
+        "`vanishing_gradient`.",
         observed=loss,
         unit="loss",
         confidence=0.8,

@@ -44,7 +44,8 @@ class Fault:
     @property
     def names(self) -> str:
         """The first of the subjects, in words."""
-        return ", ".join(f"`{name}`" for name in str(self.last.get("names") or "?").split(", "))
+        named, more, count = str(self.last.get("names") or "?").partition(" and ")
+        return ", ".join(f"`{name}`" for name in named.split(", ")) + more + count
 
     @property
     def share(self) -> float:

@@ -238,3 +238,25 @@ def test_weights_that_never_moved(last, found):
         assert f"the same values at step {last} as at the start" in said[0].message
         assert "`a`, `b`" in said[0].message
         assert judge(*rows, row(LATE, last + 500, "ok", count=0)) == []
+
+
+def test_names_that_are_not_listed_stand_outside_of_the_marks():
+    (found,) = judge(
+        *looks(
+            "unused_parameter", times=40, **{**PARAMETERS, "steps": 40, "names": "a, b and 22 more"}
+        )
+    )
+    assert "`a`, `b` and 22 more" in found.message
+
+
+def test_a_loss_that_is_constant_to_the_last_bit_is_no_cause_of_tiny_gradients():
+    """Gradients arrive and are tiny: that is why the loss stays the same, and not the other way."""
+    rows = []
+    for step in range(4, 180, 5):
+        parts = [component_row(step, name, 4e-6) for name in ("one", "two")]
+        rows += [*parts, whole_row(step, parts)]
+    wiring = [row("detached_graph", 3, kind="constant loss", looks=3, loss=4.852)]
+    findings = diagnose(run(wiring, grad=rows), on_error="raise")
+    tiny = next(one for one in findings if one.rule == "vanishing_gradient")
+    assert tiny.caused_by is None
+    assert "detached_graph" in {one.rule for one in findings}
