@@ -1,0 +1,1 @@
+"""Up to six views of one thing, brought together by contrast."""
