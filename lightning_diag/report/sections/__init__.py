@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 __all__ = ["SECTIONS", "sections"]
 
 SECTIONS: tuple[str, ...] = (
+    "questions",
     "collapse",
     "wiring",
+    "learning_rate",
     "updates",
     "attention",
     "activations",
