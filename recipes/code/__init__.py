@@ -1,1 +1,1 @@
-"""Code transformer: does a raw value from outside reach a dangerous call?"""
+"""Code: does a raw value from outside reach a dangerous call? Three models that tell."""
