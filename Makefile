@@ -63,6 +63,7 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.moments --write
 	@$(BIN)/python -m benchmarks.gradient_health --write
 	@$(BIN)/python -m benchmarks.suite --write
+	@$(BIN)/python -m benchmarks.lr_cache --write
 
 # nine runs; started again, it goes on where it was cut
 reproduce: $(RUNS)
