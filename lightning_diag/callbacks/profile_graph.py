@@ -1,13 +1,13 @@
 """Where the backward pass of one call of a module begins, and where it ends."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["Borders", "borders", "graph_position", "tensors_in"]
+__all__ = ["Borders", "borders", "graph_position"]
 
 
 class Borders(NamedTuple):
@@ -57,18 +57,3 @@ def borders(outputs: Iterable[Tensor], since: int) -> Borders:
         seen.update(new)
         waiting += new
     return Borders(list(first), last)
-
-
-def tensors_in(output: object) -> Iterator[Tensor]:
-    """The tensors in what a module returned: alone, or in tuples, lists, mappings, dataclasses."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
-    elif isinstance(output, tuple | list):
-        for value in output:
-            yield from tensors_in(value)
-    elif hasattr(output, "__dataclass_fields__"):
-        for name in output.__dataclass_fields__:
-            yield from tensors_in(getattr(output, name, None))

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lightning_diag.callbacks.forward import Scope
-from lightning_diag.callbacks.profile_graph import borders, graph_position, tensors_in
+from lightning_diag.callbacks.profile_graph import borders, graph_position
 from lightning_diag.callbacks.profile_operators import OperatorCount
 from lightning_diag.callbacks.profile_timeline import Mark, Timeline
+from lightning_diag.functional.batches import tensors_in
 from lightning_diag.functional.component_profiler import exclusive_seconds
 
 __all__ = ["WHOLE", "Cost", "Measurement"]

@@ -1,10 +1,10 @@
-"""What a batch is, whatever it is made of."""
+"""What is in a batch or an output, whatever it is made of."""
 
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-__all__ = ["batch_size"]
+__all__ = ["batch_size", "tensors_in"]
 
 
 def batch_size(batch: object) -> int | None:
@@ -20,21 +20,22 @@ def batch_size(batch: object) -> int | None:
     graphs = getattr(batch, "num_graphs", None)
     if isinstance(graphs, int):
         return graphs
-    first = next(_tensors(batch), None)
+    first = next(tensors_in(batch), None)
     if first is None:
         return None
     return first.shape[0] if first.ndim else 1
 
 
-def _tensors(batch: object) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, tuple | list):
-        for value in batch:
-            yield from _tensors(value)
-    elif hasattr(batch, "__dataclass_fields__"):
-        for name in batch.__dataclass_fields__:
-            yield from _tensors(getattr(batch, name, None))
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in a value: alone, or in tuples, lists, mappings, dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inside in value.values():
+            yield from tensors_in(inside)
+    elif isinstance(value, tuple | list):
+        for inside in value:
+            yield from tensors_in(inside)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from tensors_in(getattr(value, name, None))

@@ -16,6 +16,7 @@ from torchmetrics.classification import BinaryAccuracy
 
 from lightning_diag import LRCache, RunLogger
 from lightning_diag.lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning_diag.tuning.lr_search import range_test
 
 ROWS, BATCH = 330, 32
 
@@ -23,8 +24,9 @@ ROWS, BATCH = 330, 32
 class Rows(Dataset):
     """Separable rows, with noise that the data set draws itself and a count of its readings."""
 
-    def __init__(self) -> None:
+    def __init__(self, noisy: bool = True) -> None:
         generator = torch.Generator().manual_seed(1)
+        self.noisy = noisy
         self.x = torch.randn(ROWS, 20, generator=generator)
         self.y = (self.x[:, :2].sum(1) > 0).long()
         self.noise, self.readings = np.random.default_rng(3), 0
@@ -35,11 +37,11 @@ class Rows(Dataset):
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
         self.readings += 1
         noise = torch.from_numpy(self.noise.standard_normal(20)).float()
-        return self.x[place] + 0.01 * noise, self.y[place]
+        return self.x[place] + 0.01 * self.noisy * noise, self.y[place]
 
 
-def loader(**options: Any) -> DataLoader:
-    return DataLoader(Rows(), BATCH, **{"shuffle": True, **options})
+def loader(noisy: bool = True, **options: Any) -> DataLoader:
+    return DataLoader(Rows(noisy), **{"batch_size": BATCH, "shuffle": True, **options})
 
 
 class Network(LightningModule):
@@ -68,7 +70,7 @@ class Network(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, on_step=True)
         self.log_dict({"train_twice": 2 * loss})
         return loss
 
@@ -124,13 +126,31 @@ class Data(LightningDataModule):
 
 
 class Finds(Callback):
-    """What `trainer.loggers` and the progress bar would have seen."""
+    """Counts what a callback is told of."""
 
     def __init__(self) -> None:
-        self.batches = 0
+        self.batches = self.steps = 0
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.batches += 1
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self.steps += 1
+
+
+class Straight(Network):
+    """One layer, and steps as long as the gradient: what scales it is seen."""
+
+    def __init__(self, lr: float = 1e-3, schedule: str | None = None, wait: float = 0) -> None:
+        super().__init__(lr, schedule, wait)
+        generator = torch.Generator().manual_seed(0)
+        self.encoder, self.head = nn.Identity(), nn.Linear(20, 2)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.randn(2, 20, generator=generator))
+            self.head.bias.zero_()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 def seed(number: int = 1) -> None:
@@ -214,3 +234,24 @@ def search_slowly(folder: Path, started: Path, wait: float, number: int) -> None
     started.touch()
     options = quiet(folder / f"root_{number}", max_epochs=1, logger=RunLogger(folder / f"{number}"))
     Trainer(**options, callbacks=[callback]).fit(Network(wait=wait), loader())
+
+
+def losses_on_rank(folder: Path, batch: int, ranks: int) -> None:
+    """The losses of a search on one rank of several, or on the only one."""
+    torch.set_num_threads(1)
+    found: list[float] = []
+
+    class Search(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            test = range_test(trainer, pl_module, trainer.optimizers[0], [0.01, 0.1, 0.3, 1.0, 3.0])
+            found.extend([*test.found, *test.before])
+
+    options = {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto", "logger": False}
+    options["use_distributed_sampler"] = False
+    trainer = Trainer(**quiet(folder, **options, max_epochs=1), callbacks=[Search()])
+    rows = Rows(noisy=False)
+    # Lightning would shuffle a training loader that has no sampler of its own
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if ranks > 1 else 0
+    mine = range(rank, ROWS, ranks)
+    trainer.fit(Straight(), DataLoader(rows, batch, sampler=list(mine)))
+    torch.save(found, folder / f"losses_{ranks}_{trainer.global_rank}.pt")

@@ -9,8 +9,9 @@ from torch import nn
 
 from lightning_diag import RunLogger
 from lightning_diag.callbacks.component_profiler import ComponentProfiler
-from lightning_diag.callbacks.profile_graph import borders, graph_position, tensors_in
+from lightning_diag.callbacks.profile_graph import borders, graph_position
 from lightning_diag.callbacks.profile_operators import OperatorCount
+from lightning_diag.functional.batches import tensors_in
 from tests.callbacks.witness import Witness, fit, lightning, rows
 from tests.promises.reads import WatchSteps, census
 from tests.promises.trace import differences, train

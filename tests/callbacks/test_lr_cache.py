@@ -19,8 +19,10 @@ from tests.callbacks.lr_jobs import (
     Finds,
     Manual,
     Network,
+    Straight,
     left,
     loader,
+    losses_on_rank,
     quiet,
     search_on_rank,
     search_slowly,
@@ -129,6 +131,7 @@ def test_searched_kept_and_set_by_hand_are_the_same_to_the_bit(case, tmp_path):
     assert rows[0]["seconds"] > rows[1]["seconds"]
     # ... that no other callback has seen
     assert finds.batches == trainer.fit_loop.total_batch_idx + 1
+    assert finds.steps == trainer.global_step
 
 
 def test_rows_and_callback_metrics(tmp_path):
@@ -162,7 +165,7 @@ def test_apply_false_only_records(tmp_path):
 def test_the_losses_are_those_of_steps_taken_by_hand(tmp_path):
     """Brute force: the same batches, rates and random numbers in a loop of our own."""
     seed()
-    module, rates, losses, before = Network(schedule=None), [1e-4, 1e-3, 1e-2, 1e-1], [], []
+    module, rates, losses, before = Straight(), [1e-4, 1e-3, 1e-2, 1e-1], [], []
 
     class Search(LRCache):
         def on_train_start(self, trainer, pl_module):
@@ -172,7 +175,7 @@ def test_the_losses_are_those_of_steps_taken_by_hand(tmp_path):
             before.extend(found.before)
 
     options = quiet(tmp_path, limit_train_batches=4, accumulate_grad_batches=2, max_epochs=1)
-    Trainer(**options, callbacks=[Search()], gradient_clip_val=0.3).fit(module, loader())
+    Trainer(**options, callbacks=[Search()], gradient_clip_val=2.0).fit(module, loader())
 
     assert losses == pytest.approx(_by_hand(rates, train=True), rel=1e-5)
     assert before == pytest.approx(_by_hand(rates, train=False), rel=1e-5)
@@ -180,24 +183,39 @@ def test_the_losses_are_those_of_steps_taken_by_hand(tmp_path):
 
 def _by_hand(rates, train):
     seed()
-    by_hand = Network(schedule=None)
+    by_hand = Straight()
     by_hand.train()
     optimizer, expected = by_hand.configure_optimizers(), []
     torch.manual_seed(11)
     rows = loader()
     batches = itertools.chain.from_iterable(itertools.islice(rows, 4) for _ in range(2))
     for rate in rates:
-        for group, factor in zip(optimizer.param_groups, (0.1, 1.0), strict=True):
-            group["lr"] = factor * rate
+        optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
         parts = [by_hand.loss(next(batches)) for _ in range(2)]
         for part in parts:
             (part / 2).backward()
-        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 0.3)
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 2.0)
         if train:
             optimizer.step()
         expected.append(float(sum(parts)) / 2)
     return expected
+
+
+def test_a_step_that_the_scaler_skips_is_made_again(tmp_path):
+    made, found = [], []
+
+    class Search(LRCache):
+        def on_train_start(self, trainer, pl_module):
+            (optimizer,) = trainer.optimizers
+            hook = optimizer.register_step_post_hook(lambda *_: made.append(1))
+            found.extend(range_test(trainer, pl_module, optimizer, [1e-4] * 20).found)
+            hook.remove()
+
+    seed()
+    options = quiet(tmp_path, max_epochs=1, **scaled())
+    Trainer(**options, callbacks=[Search()]).fit(Network(), loader())
+    assert len(made) == len(found) == 20
 
 
 # ---- where it does nothing, and where it fails ----
@@ -438,6 +456,20 @@ def test_two_ranks_agree(tmp_path):
         assert not differing(found["by_hand"], found["kept"])
     for name in ("encoder.0.weight", "head.1.weight"):
         assert len({str(found["searched"]["weights"][name]) for found in ranks}) == 1
+
+
+@needs_fork
+@pytest.mark.distributed
+def test_two_ranks_search_as_one_with_twice_the_batch(tmp_path):
+    run_ranks(losses_on_rank, tmp_path, 32, 2, timeout=120)
+    losses_on_rank(tmp_path, 64, 1)
+    alone, first, second = (
+        torch.load(tmp_path / f"losses_{name}.pt", weights_only=True)
+        for name in ("1_0", "2_0", "2_1")
+    )
+    assert first == second
+    assert len(alone) == 10
+    assert first == pytest.approx(alone, rel=1e-5)
 
 
 def test_a_hit_trains_no_step(tmp_path, monkeypatch):
