@@ -1,0 +1,1 @@
+"""Denoiser: do the weights of a two-layer net gather in three blobs?"""
