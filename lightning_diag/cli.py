@@ -4,8 +4,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import import_module, metadata, resources
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning_diag.commands import lr_cache
 from lightning_diag.commands.aggregate import aggregate
 from lightning_diag.commands.clip_value import clip_value
 from lightning_diag.commands.errors import UsageError, plain_errors
+from lightning_diag.commands.jobs import claim, command, own_process_group, telling
 from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, takes, unknown_arguments
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ app.command("clip-value")(clip_value)
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")]
 
 _HYDRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
-_GROUP_VARIABLES = {"LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+_SWEEP = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 def main() -> None:
@@ -57,7 +58,7 @@ def train(context: typer.Context, debug: Debug = False) -> None:
     folder of your own configuration.
 
     `ckpt_path=RUN/checkpoints/last.ckpt` resumes a run in its own folder, `run_dir=DIR` chooses
-    another.
+    another. `ckpt_path=last` resumes what is in the folder, if anything, as after a requeue.
     """
     with plain_errors(debug):
         _hydra(context.args)
@@ -127,17 +128,31 @@ def _hydra(arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     options, overrides, folder = _split(arguments, "train")
-    command = sys.argv
+    sweep = bool(_SWEEP & {*options, *overrides})
+    if sweep:
+        _check_sweep(overrides)
+    before = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
-    sys.argv = [command[0], *overrides, *_resumed(overrides), *options]
+    resumed = [] if sweep else _resumed(overrides)
+    sys.argv = [before[0], *overrides, *resumed, *options]
     run = hydra.main("pkg://lightning_diag.conf", config_name="train", version_base="1.3")
     try:
         run(_fit)()
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, overrides, folder)) from error
     finally:
-        sys.argv = command
+        sys.argv = before
+
+
+def _check_sweep(overrides: list[str]) -> None:
+    for override in overrides:
+        key, _, folder = override.partition("=")
+        if key.lstrip("+") in {"run_dir", "hydra.run.dir"}:
+            raise UsageError(
+                f"`{key}` is the folder of one run, a sweep has a folder for each of its jobs: "
+                f"write `hydra.sweep.dir={folder}`."
+            )
 
 
 def _split(arguments: list[str], command: str) -> tuple[list[str], list[str], str | None]:
@@ -169,10 +184,22 @@ def _resumed(overrides: list[str]) -> list[str]:
 
 def _fit(config: "DictConfig") -> float | None:
     """Train what a composed configuration describes, and return the metric that it monitors."""
+    from hydra.core.hydra_config import HydraConfig
+
+    plain, hydra = _completed(config), HydraConfig.get()
+    sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
+    own = not sweep or hydra.runtime.choices["hydra/launcher"] == "basic"
+    arguments = ["train", *hydra.overrides.task, *_search_path(hydra)]
+    with telling(plain["run_dir"]) if sweep else nullcontext():
+        _check(plain)
+        # Lightning starts its other processes with this command: this job alone, in this folder
+        with command(arguments, None if own else "lightning_diag.cli"):
+            return _train(plain, (hydra.job.num, hydra.overrides.task) if sweep else None)
+
+
+def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> float | None:
     from lightning_diag import lightning as door
 
-    plain = _completed(config)
-    _check(plain)
     # said once a step or so by torch about Lightning, and nothing that a user can act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
@@ -181,9 +208,11 @@ def _fit(config: "DictConfig") -> float | None:
     callbacks = [_run_info(plain), *callbacks, *_progress(plain, callbacks)]
     trainer = _build(plain["trainer"], "trainer", callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
+        if job is not None:
+            claim(Path(plain["run_dir"]), *job)
         machine = ", ".join(f"{key} {value}" for key, value in plain["hardware"].items())
         typer.echo(f"training into {plain['run_dir']} ({machine})")
-    with _own_process_group():
+    with own_process_group(trainer):
         trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
     if trainer.is_global_zero:
         typer.echo(f"trained; next: lightning-diag report {plain['run_dir']}")
@@ -199,16 +228,17 @@ def _completed(config: "DictConfig") -> dict[str, Any]:
 
     hydra = cast("DictConfig", HydraConfig.get())
     folder = Path(hydra.runtime.output_dir)
-    inside = folder.is_relative_to(Path.cwd())
+    inside = Path.cwd() in folder.parents
     config.run_dir = str(folder.relative_to(Path.cwd()) if inside else folder)
     try:
         config.hardware = asdict(settings(detect(), config.hardware))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    # Lightning starts its other processes with this command: this job alone, in this folder
     with read_write(hydra), open_dict(hydra):
-        hydra.run.dir = config.run_dir
-    sys.argv = [sys.argv[0], "train", *hydra.overrides.task, *_search_path(hydra)]
+        hydra.run.dir = config.run_dir  # for the processes that Lightning starts
+    if config.ckpt_path == "last":
+        last = Path(config.run_dir, "checkpoints", "last.ckpt")
+        config.ckpt_path = str(last) if last.exists() else None
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return cast("dict[str, Any]", plain)
 
@@ -289,21 +319,6 @@ def _composed(overrides: list[str], folder: str | None) -> "DictConfig":
     return config
 
 
-@contextmanager
-def _own_process_group() -> Iterator[None]:
-    """Leave no process group behind, which the next job of a sweep would take for its own."""
-    from torch import distributed
-
-    before = set(os.environ)
-    try:
-        yield
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
-        for name in _GROUP_VARIABLES - before:
-            os.environ.pop(name, None)
-
-
 def _build(node: Mapping[str, Any], path: str, **objects: object) -> Any:  # noqa: ANN401
     from hydra.errors import InstantiationException
     from hydra.utils import instantiate
@@ -318,7 +333,9 @@ def _build(node: Mapping[str, Any], path: str, **objects: object) -> Any:  # noq
 
 def _build_all(plain: Mapping[str, Any], group: str) -> list[Any]:
     named = (plain.get(group) or {}).items()
-    return [_build(node, f"{group}.{name}") for name, node in named if node is not None]
+    # an experiment may have arguments for one that was not chosen: they name nothing to build
+    chosen = [(name, node) for name, node in named if node is not None and "_target_" in node]
+    return [_build(node, f"{group}.{name}") for name, node in chosen]
 
 
 def _run_info(plain: Mapping[str, Any]) -> "Callback":

@@ -60,6 +60,14 @@ def refused(project, monkeypatch):
 
 
 @pytest.mark.slow
+def test_arguments_for_a_callback_that_is_not_chosen_name_nothing_to_build(project):
+    """The experiment sets `callbacks.gradient_health.every_n_steps`."""
+    done = train(project, "experiment=tiny", "callbacks=[wiring_check]", "run_dir=out")
+    assert done.returncode == 0, done.stderr
+    assert (project / "out/records/wiring.jsonl").exists()
+    assert not (project / "out/records/grad.jsonl").exists()
+
+
 def test_train_then_report_then_resume_to_where_an_unbroken_run_ends(project):
     first = train(project, "experiment=tiny", "seed=7", "run_dir=runs/mine")
     assert first.returncode == 0, first.stderr

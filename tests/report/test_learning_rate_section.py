@@ -138,10 +138,15 @@ def test_a_curve_of_another_attempt_is_not_drawn(write_run):
 
 @pytest.mark.parametrize(
     ("losses", "title"),
-    [([1.0, 2.0], "loss"), ([1.0, 40.0], "loss, log scale"), ([-1.0, 99.0], "loss")],
+    [
+        ([1.0, 0.5, 1.9], "loss"),
+        ([1.0, 0.5, 40.0], "loss, cut off above 2"),
+        ([-1.0, -3.0, 99.0], "loss, cut off above 3"),
+        ([1.0, 2.0, 99.0], "loss"),
+    ],
 )
-def test_a_wide_curve_has_a_logarithmic_axis(losses, title):
-    both = {"lr": [0.1, 1.0], "loss": losses, "smoothed": losses}
+def test_what_has_left_does_not_flatten_the_rest(losses, title):
+    both = {"lr": [0.1, 1.0, 2.0], "loss": losses, "smoothed": losses}
     layer = learning_rate_chart(both, None).to_dict()["layer"][0]
     assert layer["encoding"]["y"]["title"] == title
     assert layer["encoding"]["x"]["title"] == "learning rate, log scale"

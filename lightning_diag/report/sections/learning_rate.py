@@ -20,7 +20,7 @@ _COLUMNS = (
     *("range test", "suggested", "confidence", "configured", "slope", "noise"),
     *("points", "range", "diverged", "cache", "seconds"),
 )
-_WIDE = 30.0  # from here on the losses stand on a logarithmic axis
+_HEADROOM = 2.0  # falls above the start of a curve; what left further would flatten the rest
 _LOSS, _SMOOTHED = "loss", "smoothed loss"
 
 
@@ -64,8 +64,7 @@ def learning_rate_chart(
     import altair as alt
 
     rows = _points(curve)
-    values = [row["loss"] for row in rows]
-    wide = bool(values) and min(values) > 0 and max(values) > _WIDE * min(values)
+    domain = _domain(rows)
     across = alt.X(
         "lr:Q",
         title="learning rate, log scale",
@@ -74,8 +73,8 @@ def learning_rate_chart(
     )
     up = alt.Y(
         "loss:Q",
-        title="loss, log scale" if wide else "loss",
-        scale=alt.Scale(type="log") if wide else alt.Scale(zero=False),
+        title=f"loss, cut off above {domain[1]:.3g}" if domain else "loss",
+        scale=alt.Scale(domain=domain) if domain else alt.Scale(zero=False),
         axis=alt.Axis(format="~g", tickCount=5),
     )
     names = alt.Color(
@@ -87,8 +86,10 @@ def learning_rate_chart(
         alt.Tooltip("loss:Q", format=".4~g"),
     ]
     base = alt.Chart({"values": rows}).encode(x=across, y=up, color=names, tooltip=tips)
-    line = base.transform_filter(f"datum.what === '{_SMOOTHED}'").mark_line()
-    dots = base.transform_filter(f"datum.what === '{_LOSS}'").mark_point(size=22, filled=True)
+    line = base.transform_filter(f"datum.what === '{_SMOOTHED}'").mark_line(clip=True)
+    dots = base.transform_filter(f"datum.what === '{_LOSS}'").mark_point(
+        size=22, filled=True, clip=True
+    )
     layers: list[Chart] = [dots, line]
     if lr is not None and _usable(lr):
         mark = alt.Chart({"values": [{"lr": lr, "label": f"suggested: {lr:.3g}"}]}).encode(x=across)
@@ -103,6 +104,16 @@ def learning_rate_chart(
         .properties(width=820, height=280, title=title, description=_described(title, rows, lr))
         .configure(**chart_config())
     )
+
+
+def _domain(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Where the loss stands while it falls; None if all of the curve is near enough."""
+    smooth = [float(row["loss"]) for row in rows if row["what"] == _SMOOTHED]
+    values = [float(row["loss"]) for row in rows]
+    if not smooth or smooth[0] <= min(smooth):
+        return None
+    top = smooth[0] + _HEADROOM * (smooth[0] - min(smooth))
+    return (min(values), top) if max(values) > top else None
 
 
 def _points(curve: Mapping[str, Sequence[float | None]]) -> list[dict[str, Any]]:
