@@ -199,13 +199,14 @@ def _fit(config: "DictConfig") -> float | None:
 
 def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> float | None:
     from lightning_diag import lightning as door
+    from lightning_diag.commands.run_details import RunDetails
 
     # said once a step or so by torch about Lightning, and nothing that a user can act on
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
     data, model = _build(plain["data"], "data"), _build(plain["model"], "model")
     callbacks, loggers = _build_all(plain, "callbacks"), _build_all(plain, "logger")
-    callbacks = [_run_info(plain), *callbacks, *_progress(plain, callbacks)]
+    callbacks = [RunDetails(plain), *callbacks, *_progress(plain, callbacks)]
     trainer = _build(plain["trainer"], "trainer", callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         if job is not None:
@@ -336,27 +337,6 @@ def _build_all(plain: Mapping[str, Any], group: str) -> list[Any]:
     # an experiment may have arguments for one that was not chosen: they name nothing to build
     chosen = [(name, node) for name, node in named if node is not None and "_target_" in node]
     return [_build(node, f"{group}.{name}") for name, node in chosen]
-
-
-def _run_info(plain: Mapping[str, Any]) -> "Callback":
-    """A callback that writes into each RunLogger what the command knows of the run."""
-    from lightning_diag.lightning import Callback, LightningModule, Trainer
-    from lightning_diag.records import RunLogger
-    from lightning_diag.tuning.hardware import detect
-
-    class RunInfo(Callback):
-        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            data = getattr(trainer, "datamodule", None)
-            fingerprint = getattr(data, "fingerprint", None)
-            devices = [detect().name] * (trainer.num_devices * trainer.num_nodes)
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.log_hyperparams(plain)
-                    logger.update_info(
-                        name=plain["name"], seed=plain["seed"], devices=devices, data=fingerprint
-                    )
-
-    return RunInfo()
 
 
 def _progress(plain: Mapping[str, Any], callbacks: list["Callback"]) -> list["Callback"]:

@@ -47,13 +47,17 @@ class LRCache(Diagnostic):
     `min_lr` to `max_lr`, and undoes them to the last bit; see `range_test`. Where the loss fell
     fastest is the suggestion, and it is set: in all parameter groups, which keep their ratios, in
     the schedulers, in ``lr`` or ``learning_rate`` of the module and its hyper-parameters. Then the
-    run is, bit for bit, the one with that learning rate in its configuration.
+    run is, bit for bit, the one with that learning rate in its configuration (`CyclicLR` and
+    `OneCycleLR`, which divide it, up to rounding). The module's own ``optimizer_step``, where it
+    has one, is not called in the search, since it often sets the rate itself.
 
     The result is kept under a key: what the model, its code, optimizer, batch, precision, data and
     search are (`key_parts`), without seed and learning rate. The next run with this key takes it
     from there in some milliseconds, and of several that start at once one searches and the others
-    wait. Runs with other seeds share a key; which of them searched stays visible in the entry.
-    A run that is to be repeated without the cache takes the `lr` that ``lr_finder.jsonl`` names.
+    wait. To fine-tune from several sets of weights, take `values` or another `cache_dir`: weights
+    are no part of the key otherwise. Runs with other seeds share a key, and whichever came first
+    has searched. A run that is to be repeated without the cache takes the `lr` that
+    ``lr_finder.jsonl`` names.
 
     A search that finds nothing leaves the learning rate as it was, says why, and is not kept.
     Nothing happens on a resumed run, whose learning rate comes from its checkpoint, nor under
@@ -89,7 +93,7 @@ class LRCache(Diagnostic):
         of the loss), ``fall`` (of the smoothed loss), ``reason`` (why none, or what limits it),
         ``points``, ``diverged`` (1 if the search ended before its last learning rate),
         ``cache_hit``, ``age_hours`` (of the entry), ``key``, ``seconds``, ``min_lr``, ``max_lr``,
-        ``set`` (attributes of the module that were set).
+        ``set`` (attributes of the module that were set), ``optimizer`` (index, where one is named).
 
         ``lr_finder_curve.jsonl``, one row a learning rate: ``point``, ``lr``, ``loss`` (corrected
         by how much harder than the others its batch was before training), ``smoothed``.
@@ -149,6 +153,10 @@ class LRCache(Diagnostic):
             None, every_n_steps=None, on_error=on_error, overhead_budget=overhead_budget
         )
 
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__qualname__}{{{self.optimizer}}}"
+
     # ---- hooks ----
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -159,6 +167,8 @@ class LRCache(Diagnostic):
         if getattr(trainer, "fast_dev_run", False):
             self.note(trainer, "no learning rate is searched under `fast_dev_run`.")
             return
+        if type(pl_module).optimizer_step is not LightningModule.optimizer_step:
+            self.note(trainer, "the module's own `optimizer_step` is not called in the search.")
         optimizer = self._chosen(trainer)
         before = base_lr(optimizer, _schedulers(trainer, optimizer))
         result = self._result(trainer, pl_module, optimizer)
@@ -350,6 +360,8 @@ class LRCache(Diagnostic):
             "max_lr": self.max_lr,
             "set": list(done),
         }
+        if self.optimizer is not None:
+            row["optimizer"] = self.optimizer
         self.report(trainer, [row], step=step)
         columns = (result.curve["lr"], result.curve["loss"], result.curve["smoothed"])
         curve: list[Row] = [

@@ -1,6 +1,7 @@
 """The one learning rate that stands for an optimizer, and setting it wherever it is written."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -68,8 +69,13 @@ def set_base_lr(optimizer: Optimizer, schedulers: Iterable[Any], lr: float) -> N
         schedulers: Those of this optimizer.
         lr: The new `base_lr`, above 0.
     """
-    schedulers = list(_all_schedulers(schedulers))
+    schedulers = _all_schedulers(schedulers)
     base = base_lr(optimizer, schedulers)
+    for group in optimizer.param_groups:
+        for key in _KEYS:
+            # groups share the tensor that the optimizer was made with
+            if isinstance(group.get(key), torch.Tensor):
+                group[key] = group[key].clone()
     for group in optimizer.param_groups:
         initial = float(group.get("initial_lr", group["lr"]))
         # the schedule's first factor is one of the group's own rate
@@ -78,7 +84,15 @@ def set_base_lr(optimizer: Optimizer, schedulers: Iterable[Any], lr: float) -> N
             if key in group:
                 _write(group, key, _multiple(float(group[key]), base) * lr)
         _write(group, "lr", first * (_multiple(initial, base) * lr))
+    made_with = optimizer.defaults.get("lr")
+    if isinstance(made_with, int | float):
+        # of groups that are added later
+        optimizer.defaults["lr"] = _multiple(float(made_with), base) * lr
     for scheduler in schedulers:
+        if not type(scheduler).__module__.startswith("torch.optim"):
+            for name, value in vars(scheduler).items():
+                if _is(value, base):
+                    setattr(scheduler, name, lr)
         for name in ("base_lrs", "max_lrs", "_last_lr"):
             kept = getattr(scheduler, name, None)
             if isinstance(kept, list) and kept:
@@ -89,21 +103,24 @@ def set_module_lr(pl_module: LightningModule, old: float, new: float) -> list[st
     """Set ``lr`` or ``learning_rate`` of the module and of its hyper-parameters, where it is `old`.
 
     Returns:
-        What was set, such as ``["lr", "hparams.lr"]``.
+        What was set, such as ``["hparams.lr", "lr"]``.
     """
     done = []
     for name in ("lr", "learning_rate"):
-        if _is(getattr(pl_module, name, None), old):
-            setattr(pl_module, name, new)
-            done.append(name)
         if _is(pl_module.hparams.get(name), old):
             pl_module.hparams[name] = new
             done.append(f"hparams.{name}")
+        # a property may not be set, and shows what it is made of
+        if _is(vars(pl_module).get(name), old):
+            setattr(pl_module, name, new)
+            done.append(name)
     return done
 
 
 def _is(value: object, lr: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and float(value) == lr
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    # a rate that went through a tensor is rounded to single precision
+    return number and math.isclose(float(value), lr, rel_tol=1e-6)  # type: ignore[arg-type]
 
 
 def _group_lrs(optimizer: Optimizer, schedulers: Iterable[Any]) -> list[float]:
@@ -127,13 +144,19 @@ def _scaled(
     return [_multiple(float(rate), base) * lr for rate in kept]
 
 
-def _all_schedulers(schedulers: Iterable[Any]) -> Iterator[Any]:
+def _all_schedulers(schedulers: Iterable[Any]) -> list[Any]:
     """Schedulers, and those that they hold."""
-    for scheduler in schedulers:
-        yield scheduler
+    found: list[Any] = []
+    waiting = list(schedulers)
+    while waiting:
+        scheduler = waiting.pop(0)
+        if any(scheduler is one for one in found):
+            continue
+        found.append(scheduler)
         for value in vars(scheduler).values():
-            inner = value if isinstance(value, list | tuple) else ()
-            yield from _all_schedulers(one for one in inner if hasattr(one, "last_epoch"))
+            inner = value if isinstance(value, list | tuple) else [value]
+            waiting += [one for one in inner if hasattr(one, "last_epoch")]
+    return found
 
 
 def _multiple(value: float, base: float) -> float:

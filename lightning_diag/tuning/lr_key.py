@@ -3,8 +3,9 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from types import CodeType, FunctionType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from lightning_diag.lightning import LightningModule, Trainer
 from lightning_diag.tuning.learning_rate import multiples
+from lightning_diag.tuning.lr_search import accumulation
 from lightning_diag.tuning.snapshot import Snapshot, same_random_numbers
 
 __all__ = ["ALGORITHM", "key_parts"]
@@ -22,10 +24,13 @@ ALGORITHM = 1
 """Version of the search; another one finds other learning rates."""
 
 _LRS = {"lr", "initial_lr", "max_lr", "min_lr", "learning_rate", "base_lr"}
-_NOT_TRAINING = {"training", "seed", "trainer", "prepare_data_per_node", "allow_zero_length"}
+_NOT_TRAINING = {"training", "seed", "trainer", "random_state"}
 _LIBRARIES = {"torch", "pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics"}
 _SAMPLES = 3
-_FEW = 256  # elements, or bytes, of what may be a data set's memory
+_PLAIN = (bool, int, float, complex, str, bytes, torch.device, torch.dtype)
+_FEW = 256  # elements of what is looked into
+_SMALL = 1 << 16  # bytes of what may be a data set's memory
+_DEEP = 6
 
 
 def key_parts(
@@ -38,11 +43,11 @@ def key_parts(
 ) -> dict[str, object]:
     """What the result of a learning rate range test depends on, name by name.
 
-    The model: classes and their code, names, shapes and types of its parameters, and the plain
-    numbers and words that its modules hold (a dropout rate, a loss's ``reduction``, a class
-    weight); the optimizer: class, options, ratios between its groups; the effective batch;
-    precision and clipping; the data; the search; torch. Learning rate, seed, order of the data and
-    number of workers are left out, so runs that differ in these alone share a key.
+    The model: classes and their code, names, shapes and types of its parameters, and what its
+    modules hold besides (a dropout rate, a loss's ``reduction``, class weights, functions with the
+    code that they use); the optimizer: class, options, ratios between its groups; the effective
+    batch; precision and clipping; the data; the search; torch. Learning rate, seed, order of the
+    data and number of workers are left out, so runs that differ in these alone share a key.
 
     The data are what the data module's ``fingerprint`` says where it has one. Otherwise they are
     class and length of the training set and three of its samples, read with fixed random numbers;
@@ -62,12 +67,13 @@ def key_parts(
         "algorithm": ALGORITHM,
         "torch": torch.__version__,
         "model": type(pl_module).__qualname__,
-        "model.code": _digest(_code(pl_module)),
+        "model.code": _digest(_code(type(part) for part in pl_module.modules())),
         "model.settings": _digest(_settings(pl_module)),
         "model.parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "model.shapes": _digest(_shapes(pl_module)),
         "optimizer": type(optimizer).__qualname__,
         "batch": _effective_batch(trainer),
+        "batches": _limited(trainer),
         "precision": str(trainer.precision),
         "clip.value": trainer.gradient_clip_val,
         "clip.algorithm": str(trainer.gradient_clip_algorithm or "norm"),
@@ -86,17 +92,85 @@ def _shapes(module: nn.Module) -> Iterator[str]:
         yield f"{name} {tuple(parameter.shape)} {parameter.dtype} {kind}"
 
 
-def _code(module: nn.Module) -> Iterator[str]:
-    """The code of the module's classes and of its parts', where they are not a library's."""
-    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
-    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        if kind is object or kind.__module__.partition(".")[0] in _LIBRARIES:
-            continue
-        yield kind.__qualname__
-        for name, member in sorted(vars(kind).items()):
-            function = inspect.unwrap(member) if callable(member) else member
-            if isinstance(function, FunctionType):
-                yield f"{name} {_instructions(function.__code__)}"
+def _code(kinds: Iterable[type]) -> Iterator[str]:
+    """The code of classes and of what they inherit, where they are not a library's."""
+    seen: dict[int, object] = {}
+    every = {base for kind in kinds for base in kind.__mro__}
+    for kind in sorted(every, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        if kind is not object and not _of_library(kind):
+            yield kind.__qualname__
+            for name, member in sorted(vars(kind).items()):
+                if not name.startswith("__") or name in ("__init__", "__call__", "__getitem__"):
+                    yield f"{name} {_described(member, seen)}"
+
+
+def _of_library(value: object) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in _LIBRARIES
+
+
+def _described(value: Any, seen: dict[int, object], depth: int = 0) -> str:  # noqa: ANN401
+    """What a loss may depend on in a value, the same in every process."""
+    if value is None or isinstance(value, _PLAIN):
+        return repr(value)
+    if id(value) in seen or depth > _DEEP:
+        return type(value).__qualname__
+    seen[id(value)] = value  # held, so that its id stays its own
+
+    def inner(one: object) -> str:
+        return _described(one, seen, depth + 1)
+
+    if isinstance(value, Tensor):
+        small = value.numel() <= _FEW and value.layout == torch.strided
+        return f"{tuple(value.shape)} {_digest([_bytes(value)]) if small else ''}"
+    if isinstance(value, list | tuple | set | frozenset | Mapping) and len(value) > _FEW:
+        return f"{type(value).__qualname__} of {len(value)}"
+    if isinstance(value, Mapping):
+        return str(sorted((str(key), inner(one)) for key, one in value.items() if _counts(key)))
+    if isinstance(value, list | tuple):
+        return str([inner(one) for one in value])
+    if isinstance(value, set | frozenset):
+        return str(sorted(map(inner, value)))
+    if isinstance(value, partial):
+        return inner([value.func, value.args, value.keywords])
+    if isinstance(value, staticmethod | classmethod | MethodType):
+        return inner(value.__func__)
+    if isinstance(value, property):
+        return inner(value.fget)
+    if isinstance(value, nn.Module | Trainer) or (not callable(value) and _of_library(type(value))):
+        return type(value).__qualname__
+    return _described_code(inspect.unwrap(value) if callable(value) else value, inner)
+
+
+def _described_code(value: Any, inner: Callable[[object], str]) -> str:  # noqa: ANN401
+    if isinstance(value, FunctionType):
+        if _of_library(value):
+            return f"{value.__module__}.{value.__qualname__}"
+        names = _names(value.__code__) & set(value.__globals__)
+        used = {name: value.__globals__[name] for name in names}
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+        rest = inner([value.__defaults__, value.__kwdefaults__, used, cells])
+        return f"{_instructions(value.__code__)} {rest}"
+    if isinstance(value, type) or type(value).__module__ in ("builtins", "torch"):
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
+    return f"{type(value).__qualname__} {inner(getattr(value, '__dict__', None))}"
+
+
+def _is_filled(cell: Any) -> bool:  # noqa: ANN401
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def _names(code: CodeType) -> set[str]:
+    inside = [_names(one) for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*inside)
+
+
+def _counts(name: object) -> bool:
+    """Whether a setting of this name may change what is learnt."""
+    text = str(name)
+    return text not in _LRS | _NOT_TRAINING and not text.endswith(("_seed", "_dir", "_path"))
 
 
 def _instructions(code: CodeType) -> str:
@@ -113,26 +187,19 @@ def _constant(value: object) -> str:
 
 
 def _settings(module: nn.Module) -> Iterator[str]:
+    """What the modules hold besides weights: numbers, words, functions, buffers."""
+    usual = (set(vars(nn.Module())) | set(vars(LightningModule()))) - {"_hparams"}
+    seen: dict[int, object] = {}
     for name, part in module.named_modules():
-        kind = type(part).__qualname__
-        plain = {
+        library = _of_library(type(part))
+        own = {
             key: value
             for key, value in vars(part).items()
-            if not key.startswith("_") and key not in _LRS | _NOT_TRAINING and _is_plain(value)
+            if key not in usual and not (library and key.startswith("_"))
         }
-        yield f"{name} {kind} {sorted(plain.items())}"
-        if hasattr(part, "reduction"):
-            # a loss's class weights are no parameters
-            yield from (_bytes(buffer).hex() for buffer in part.buffers())
-
-
-def _is_plain(value: object) -> bool:
-    """Numbers, and words that are no paths, times or sentences."""
-    return (
-        value is None
-        or isinstance(value, bool | int | float)
-        or (isinstance(value, str) and value.isidentifier())
-    )
+        yield f"{name} {type(part).__qualname__} {_described(own, seen)}"
+        for buffer in part.buffers(recurse=False):
+            yield _described(buffer, seen)
 
 
 def _options(optimizer: Optimizer) -> dict[str, object]:
@@ -162,14 +229,24 @@ def _effective_batch(trainer: Trainer) -> object:
         sampler = getattr(loader, "batch_sampler", None)
         own = getattr(loader, "batch_size", None)
         sizes.append(own if own is not None else getattr(sampler, "batch_size", None))
-    factor = trainer.accumulate_grad_batches * trainer.world_size
+    factor = accumulation(trainer) * trainer.world_size
     whole = [size * factor if isinstance(size, int) else None for size in sizes]
     return whole[0] if len(whole) == 1 else whole
 
 
+def _limited(trainer: Trainer) -> int | None:
+    """Batches of an epoch, where they are fewer than there are."""
+    limit = trainer.limit_train_batches
+    whole = isinstance(limit, float) and limit == 1.0
+    return None if whole else int(trainer.num_training_batches)
+
+
 def _data(trainer: Trainer) -> dict[str, object]:
-    found = _fingerprint(getattr(trainer, "datamodule", None))
-    if found:
+    module = getattr(trainer, "datamodule", None)
+    found = _fingerprint(module)
+    if module is not None:
+        found["code"] = _digest(_code([type(module)]))
+    if "fingerprint" in found:
         return found
     for place, loader in enumerate(_leaves(trainer.train_dataloader)):
         prefix = f"{place}." if place else ""
@@ -177,6 +254,7 @@ def _data(trainer: Trainer) -> dict[str, object]:
         found |= {f"{prefix}{name}": value for name, value in _dataset(data).items()}
         if isinstance(loader, DataLoader):
             found[f"{prefix}sampler"] = type(loader.sampler).__qualname__
+            found[f"{prefix}collate"] = _digest([_described(loader.collate_fn, {})])
     return found
 
 
@@ -197,7 +275,10 @@ def _dataset(data: Any) -> dict[str, object]:  # noqa: ANN401
     while isinstance(data, Subset):  # which part a seed chose does not matter, its size does
         data = data.dataset
     found: dict[str, object] = {"class": type(data).__qualname__, "length": length}
-    if isinstance(data, Dataset | list | tuple) and not isinstance(data, IterableDataset):
+    found["class.code"] = _digest(_code([type(data)]))
+    if isinstance(data, IterableDataset):
+        found["settings"] = _digest([_described(vars(data), {})])
+    elif isinstance(data, Dataset | list | tuple):
         found["samples"] = _samples(data)
     return found
 
@@ -214,7 +295,7 @@ def _samples(data: Any) -> str | None:  # noqa: ANN401
     length = _length(data)
     if not length:
         return None
-    kept = Snapshot(data, largest=_FEW)
+    kept = Snapshot(data, largest=_SMALL)
     try:
         with same_random_numbers():
             torch.manual_seed(0)

@@ -20,12 +20,12 @@ from lightning_diag.lightning import PACKAGE, LightningModule, Trainer
 from lightning_diag.tuning.learning_rate import multiples, set_group_lrs
 from lightning_diag.tuning.snapshot import Snapshot, same_random_numbers
 
-__all__ = ["Losses", "range_test"]
+__all__ = ["Losses", "accumulation", "range_test"]
 
 _REPLICATED = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
 _SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy"})
 _WITHOUT_LOSS = 30  # steps in a row: a gradient scaler that starts at 2^16 needs no more than 16
-_SMALL = 1 << 12  # elements, or bytes, of what may be a data set's memory
+_SMALL = 1 << 26  # bytes of what may be a data set's memory
 
 
 class Losses(NamedTuple):
@@ -41,15 +41,17 @@ class Losses(NamedTuple):
 
     def compared(self) -> list[float]:
         """Each loss, corrected by how much harder than the others its batch is."""
-        if not self.before:
+        finite = [loss for loss in self.before if math.isfinite(loss)]
+        if not finite:
             return self.found
-        mean = math.fsum(self.before) / len(self.before)
+        mean = math.fsum(finite) / len(finite)
         pairs = zip(self.found, self.before, strict=False)
         return [found - before + mean for found, before in pairs]
 
     def spread(self) -> float | None:
         """Standard deviation of the losses before training."""
-        return statistics.pstdev(self.before) if self.before else None
+        finite = [loss for loss in self.before if math.isfinite(loss)]
+        return statistics.pstdev(finite) if finite else None
 
 
 def range_test(
@@ -96,14 +98,14 @@ def range_test(
             "A learning rate can be searched on one device, under DDP and under FSDP, got "
             f"{type(trainer.strategy).__name__}."
         )
-    replicated = bool(kinds & _REPLICATED)
+    replicated, share = bool(kinds & _REPLICATED), accumulation(trainer)
     before: list[float] = []
     if pl_module.automatic_optimization:
         with _undone(trainer, pl_module) as logged:
-            steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged)
+            steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged, share)
             before = [steps.loss_before() for _ in lrs]
     with _undone(trainer, pl_module) as logged:
-        steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged)
+        steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged, share)
         factors = multiples(optimizer)
         found: list[float] = []
         for lr in lrs:
@@ -112,6 +114,16 @@ def range_test(
             if diverged(torch.tensor(losses.compared()), spread=losses.spread()):
                 break
     return losses
+
+
+def accumulation(trainer: Trainer) -> int:
+    """Batches that make one optimizer step in the epoch that is about to begin."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    for callback in callbacks:
+        scheduled = getattr(callback, "get_accumulate_grad_batches", None)
+        if scheduled is not None:
+            return int(scheduled(trainer.current_epoch))
+    return trainer.accumulate_grad_batches
 
 
 class _Steps:
@@ -125,6 +137,7 @@ class _Steps:
         replicated: bool,
         loss: str | None,
         logged: dict[str, object],
+        share: int,
     ) -> None:
         self._trainer, self._module, self._optimizer = trainer, pl_module, optimizer
         self._averages = replicated and trainer.world_size > 1
@@ -132,15 +145,17 @@ class _Steps:
         self._name, self._logged = loss, logged
         # DDP's own wrapper would remember that it was used
         self._call = self._unwrapped if replicated else trainer.strategy.training_step
-        self._takes_index = len(inspect.signature(pl_module.training_step).parameters) >= 2
+        self._share = share
+        taken = inspect.signature(pl_module.training_step).parameters.values()
+        self._takes_index = len(taken) >= 2 or any(one.kind is one.VAR_POSITIONAL for one in taken)
         pl_module.on_train_start()
         pl_module.on_train_epoch_start()
 
     def loss_before(self) -> float:
         """What the batches of one step give without a step."""
         for _ in range(_WITHOUT_LOSS):
-            with torch.no_grad():
-                value = self._agreed(self._forward)
+            # with gradients: a loss may be made of derivatives
+            value = self._agreed(self._forward)
             if value is not None:
                 return value
         raise self._without_loss()
@@ -162,7 +177,7 @@ class _Steps:
         )
 
     def _forward(self) -> Tensor | None:
-        seen = [self._training_step()[1] for _ in range(self._trainer.accumulate_grad_batches)]
+        seen = [self._training_step()[1] for _ in range(self._share)]
         parts = [one.detach().float() for one in seen if one is not None]
         return torch.stack(parts).mean() if parts else None
 
@@ -176,14 +191,13 @@ class _Steps:
         return torch.stack(parts).mean() if parts else None
 
     def _closure(self, parts: list[Tensor]) -> Tensor | None:
-        share = self._trainer.accumulate_grad_batches
         parts.clear()  # an optimizer may ask again, as L-BFGS does
         self._module.on_before_zero_grad(self._optimizer)
         self._optimizer.zero_grad()
-        for _ in range(share):
+        for _ in range(self._share):
             loss, seen = self._training_step()
             if loss is not None:
-                self._trainer.strategy.backward(loss / share, self._optimizer)
+                self._trainer.strategy.backward(loss / self._share, self._optimizer)
             if seen is not None:
                 parts.append(seen.detach().float())
         if self._averages:
@@ -245,7 +259,8 @@ def _undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[str, 
         stack.enter_context(same_random_numbers())
         kept = Snapshot(pl_module, scaler, *trainer.optimizers, *schedulers)
         stack.callback(kept.restore)
-        data = Snapshot(trainer.train_dataloader, _data_module(trainer), largest=_SMALL)
+        sources = [trainer.train_dataloader, _data_module(trainer), *kept.data]
+        data = Snapshot(*sources, largest=_SMALL)
         stack.callback(data.restore)
         for name, blank in (("callbacks", []), ("loggers", [dummy()])):
             stack.callback(setattr, trainer, name, getattr(trainer, name))
@@ -268,12 +283,12 @@ def _batches(trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
         given = 0
         limit = trainer.num_training_batches
         most = int(limit) if math.isfinite(limit) else None
-        for batch, *_ in itertools.islice(loader, most):
+        for place, (batch, *_) in enumerate(itertools.islice(loader, most), start=1):
             size = batch_size(batch)
             first = first or size
-            if size != first and given:
-                continue
             given += 1
+            if place == most and size != first and given > 1:
+                continue
             converted = trainer.precision_plugin.convert_input(batch)
             converted = holder.on_before_batch_transfer(converted, 0)
             yield trainer.strategy.batch_to_device(converted, dataloader_idx=0)

@@ -2,10 +2,12 @@
 
 import random
 import sys
-from collections import deque
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,14 +20,17 @@ from lightning_diag.lightning import Callback, LightningDataModule, Logger, Trai
 
 __all__ = ["Snapshot", "same_random_numbers"]
 
-_DEPTH = 12
-_OBJECTS = 200_000
+_OBJECTS = 2_000_000
+_MANY = 4096  # elements of a container of data that are looked into
 # their objects hold threads, files and devices; what of them is state has a line below
 _CLOSED = ("torch", "numpy", "pytorch_lightning", "lightning", "lightning_fabric", "lightning_diag")
-_OPEN = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler)
+_OPEN: tuple[type, ...] = (nn.Module, Optimizer, LRScheduler, torch.amp.GradScaler)
+_OPEN += (SimpleNamespace, Namespace, UserDict, UserList)
 _DATA = (DataLoader, Sampler, Dataset)
 _NOT_OURS = (Trainer, Callback, Logger, LightningDataModule)
 _OPAQUE = (bool, int, float, str, bytes, type, FunctionType, MethodType, ModuleType)
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 _Restore = Callable[[], None]
 
@@ -33,60 +38,89 @@ _Restore = Callable[[], None]
 class Snapshot:
     """The state of some objects and of all that they hold, to be put back by `restore`.
 
-    Attributes, containers, tensors (their gradients and flags too), arrays and random generators
-    are followed from object to object; each container and tensor is restored in place, so that who
-    else refers to it sees the old content. What is not followed is what belongs to Lightning,
-    to devices or to the operating system.
+    Attributes, containers, tensors (their gradients, flags and hooks too), arrays and random
+    generators are followed from object to object; each container and tensor is restored in place,
+    so that who else refers to it sees the old content. What is not followed is what belongs to
+    Lightning, to devices or to the operating system.
 
     Args:
         objects: Where to begin.
-        largest: Bytes of the largest tensor or array whose content is kept, and elements of the
-            largest container; None for all.
+        largest: None for everything but data sets. Else for data: bytes of the largest tensor or
+            array whose content is kept; large containers get their elements back, and these are
+            left as they are.
+
+    Attributes:
+        data: Data sets, loaders and samplers that were met and not followed.
 
     Raises:
-        ValueError: If a parameter has no values yet (a lazy module before its first forward).
+        ValueError: If something cannot be put back: a parameter without values (a lazy module
+            before its first forward), a bare iterator, more than two million objects.
     """
 
     def __init__(self, *objects: object, largest: int | None = None) -> None:
         self._largest = largest
         self._restores: list[_Restore] = []
         self._seen: dict[int, object] = {}
+        self._waiting: list[object] = []
+        self.data: list[object] = []
         for one in objects:
-            self._keep(one, 0, root=True)
+            if one is not None and not isinstance(one, _OPAQUE):
+                self._keep(one, root=True)
+        while self._waiting:
+            self._keep(self._waiting.pop())
 
     def restore(self) -> None:
-        """Put everything back."""
-        for restore in self._restores:
-            restore()
+        """Put everything back.
 
-    def _keep(self, value: object, depth: int, *, root: bool = False) -> None:
-        if value is None or isinstance(value, _OPAQUE):
-            return
-        if id(value) in self._seen or depth > _DEPTH or len(self._seen) > _OBJECTS:
+        Raises:
+            RuntimeError: If some of it resists; all else is back then.
+        """
+        failed: list[Exception] = []
+        for restore in self._restores:
+            try:
+                restore()
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise RuntimeError(
+                f"{len(failed)} of {len(self._restores)} pieces of state could not be put back"
+            ) from failed[0]
+
+    def _follow(self, value: object) -> None:
+        if value is not None and not isinstance(value, _OPAQUE) and id(value) not in self._seen:
+            self._waiting.append(value)
+
+    def _keep(self, value: object, *, root: bool = False) -> None:
+        if id(value) in self._seen:
             return
         self._seen[id(value)] = value  # held, so that its id stays its own
+        if len(self._seen) > _OBJECTS:
+            raise ValueError(f"What is to be undone must hold at most {_OBJECTS:,} objects.")
         if isinstance(value, Tensor):
             self._restores += _tensor(value, self._largest)
         elif isinstance(value, dict | list | set | deque | bytearray | tuple):
-            self._keep_container(value, depth)
+            self._keep_container(value)
+            self._keep_attributes(value)
         elif (generator := _generator(value)) is not None:
             self._restores.append(generator)
         elif type(value).__module__ == "numpy":
             self._restores += _array(value, self._largest)
+        elif isinstance(value, Iterator) and type(value).__module__ in ("builtins", "itertools"):
+            raise ValueError(
+                f"What is to be undone must be able to begin again, got a {type(value).__name__}."
+            )
         elif root or self._is_followed(value):
-            self._keep_attributes(value, depth)
+            self._keep_attributes(value)
 
     def _is_followed(self, value: object) -> bool:
         if isinstance(value, _NOT_OURS):
             return False
-        if isinstance(value, _DATA):
-            # data is kept only within limits
-            return self._largest is not None
-        return isinstance(value, _OPEN) or not _closed(value)
+        if isinstance(value, _DATA) and self._largest is None:
+            self.data.append(value)
+            return False
+        return isinstance(value, (*_OPEN, *_DATA)) or not _closed(value)
 
-    def _keep_container(self, value: Any, depth: int) -> None:  # noqa: ANN401
-        if self._largest is not None and len(value) > self._largest:
-            return
+    def _keep_container(self, value: Any) -> None:  # noqa: ANN401
         if isinstance(value, dict):
             kept = dict(value)
             self._restores.append(lambda: _refill_dict(value, kept))
@@ -97,17 +131,38 @@ class Snapshot:
                 self._restores.append(lambda: value.__setitem__(slice(None), inside))
             elif isinstance(value, set | deque):
                 self._restores.append(lambda: _refill(value, inside))
-        if not isinstance(value, bytearray):
+        if self._largest is None or len(inside) <= _MANY:
             for one in inside:
-                self._keep(one, depth + 1)
+                self._follow(one)
 
-    def _keep_attributes(self, value: object, depth: int) -> None:
+    def _keep_attributes(self, value: object) -> None:
+        for name in _slots(value):
+            with suppress(AttributeError):
+                slot = getattr(value, name)
+                self._restores.append(partial(object.__setattr__, value, name, slot))
+                self._follow(slot)
+        if isinstance(value, nn.Module):
+            # a scripted one keeps them elsewhere
+            for one in (*value.parameters(recurse=False), *value.buffers(recurse=False)):
+                self._follow(one)
+            for child in value.children():
+                self._follow(child)
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             kept = dict(attributes)
             self._restores.append(lambda: _refill_dict(attributes, kept))
             for one in kept.values():
-                self._keep(one, depth + 1)
+                self._follow(one)
+
+
+def _slots(value: object) -> Iterator[str]:
+    if _closed(value):
+        return
+    for kind in type(value).__mro__:
+        names = vars(kind).get("__slots__", ())
+        for name in [names] if isinstance(names, str) else names:
+            if name not in ("__dict__", "__weakref__"):
+                yield name
 
 
 def _closed(value: object) -> bool:
@@ -116,9 +171,12 @@ def _closed(value: object) -> bool:
 
 
 def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    # in the old order too; by dict's own methods, since a subclass may react to them
-    dict.clear(value)
-    dict.update(value, kept)
+    # in the old order too; by the methods of dict itself, since a subclass may react to them, or
+    # of OrderedDict, which keeps a second list of its keys
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    kind.clear(value)
+    for key, one in kept.items():
+        kind.__setitem__(value, key, one)
 
 
 def _refill(value: Any, kept: list[Any]) -> None:  # noqa: ANN401
@@ -137,10 +195,13 @@ def _tensor(value: Tensor, largest: int | None) -> Iterator[_Restore]:
     plain = type(value) in (Tensor, nn.Parameter)
     # on the host, where there is room for it
     kept = value.detach().cpu() if plain and value.is_cuda else value.detach().clone()
+    place = value.detach()  # where it is, in its shape
 
     def restore() -> None:
         with torch.no_grad():
-            value.detach().copy_(kept)
+            if plain and (value.shape != place.shape or value.data_ptr() != place.data_ptr()):
+                value.data = place
+            place.copy_(kept)
 
     yield restore
 
@@ -154,8 +215,13 @@ def _layout(value: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def _flags(value: Tensor) -> _Restore:
     requires_grad, grad = value.requires_grad, value.grad
     kept = None if grad is None else grad.detach().clone()
+    hooks = {name: dict(getattr(value, name, None) or {}) for name in _TENSOR_HOOKS}
 
     def restore() -> None:
+        for name, before in hooks.items():
+            now = getattr(value, name, None)
+            if now is not None:
+                _refill_dict(now, before)
         if value.requires_grad != requires_grad:
             value.requires_grad_(requires_grad)
         if grad is not None and kept is not None:
@@ -170,10 +236,16 @@ def _generator(value: Any) -> _Restore | None:  # noqa: ANN401
     if isinstance(value, torch.Generator):
         state = value.get_state()
         return lambda: _nothing(value.set_state(state))
+    if isinstance(value, random.SystemRandom):
+        return lambda: None  # it has no state
     if isinstance(value, random.Random):
         inner = value.getstate()
         return lambda: value.setstate(inner)
     if type(value).__module__.startswith("numpy.random"):
+        if hasattr(value, "get_state"):
+            # a RandomState, which also keeps every second normal number
+            whole = value.get_state()
+            return lambda: value.set_state(whole)
         bits = getattr(value, "bit_generator", getattr(value, "_bit_generator", value))
         if isinstance(getattr(bits, "state", None), dict):
             kept = bits.state

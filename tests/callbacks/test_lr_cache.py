@@ -19,6 +19,7 @@ from tests.callbacks.lr_jobs import (
     Finds,
     Manual,
     Network,
+    Rows,
     Straight,
     left,
     loader,
@@ -143,7 +144,7 @@ def test_rows_and_callback_metrics(tmp_path):
     assert (row["lr"], row["lr_before"], row["applied"]) == (found.lr, 1e-3, 1)
     assert (row["confidence"], row["cache_hit"], row["age_hours"]) == (found.confidence, 0, None)
     assert row["slope"] == found.slope < 0
-    assert row["set"] == ["lr", "hparams.lr"]
+    assert row["set"] == ["hparams.lr", "lr"]
     assert (row["min_lr"], row["max_lr"]) == (1e-8, 1.0)
     curve = run.frame("lr_finder_curve")
     assert curve["point"].to_list() == list(range(row["points"]))
@@ -292,6 +293,63 @@ def test_an_error_in_the_search_leaves_training_as_it_was(when, tmp_path):
         traces.append(left(module, trainer))
     assert not differing(*traces)
     assert any("LRCache has ended and training goes on" in str(one.message) for one in caught)
+
+
+def test_a_loader_that_cannot_begin_again_is_left_alone(tmp_path):
+    search = searching(tmp_path, on_error="warn")
+    trainer = Trainer(**quiet(tmp_path, max_epochs=1), callbacks=[search])
+    with pytest.warns(RuntimeWarning, match="must be able to begin again, got a generator"):
+        trainer.fit(Network(), (batch for batch in list(loader())))
+    assert trainer.global_step == 11
+
+
+def test_a_loss_made_of_derivatives(tmp_path):
+    class Smooth(Network):
+        def loss(self, batch):
+            x = batch[0].requires_grad_()
+            (slope,) = torch.autograd.grad(self.encoder(x).sum(), x, create_graph=True)
+            return super().loss(batch) + 0.01 * slope.square().mean()
+
+    seed()
+    search = searching(tmp_path)
+    Trainer(**quiet(tmp_path), callbacks=[search]).fit(Smooth(), loader())
+    assert search.suggestion.reason == "" or search.suggestion.lr is not None
+
+
+def test_a_loss_that_is_not_finite_before_training(tmp_path):
+    class Odd(Network):
+        def loss(self, batch):
+            return super().loss(batch) * (torch.nan if self.calls == 3 else 1.0)
+
+    seed()
+    search = searching(tmp_path)
+    with pytest.warns(match="supports no learning rate"):
+        Trainer(**quiet(tmp_path), callbacks=[search]).fit(Odd(), loader())
+    assert "finite points" in search.suggestion.reason
+
+
+def test_batches_of_all_sizes_are_used(tmp_path):
+    rows = Rows()
+    sizes = [list(range(start, start + 5 + start % 7)) for start in range(0, 300, 10)]
+    read = []
+
+    class Counts(Network):
+        def training_step(self, batch, batch_idx):
+            read.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    seed()
+    trainer = Trainer(**quiet(tmp_path, max_epochs=1), callbacks=[searching(tmp_path)])
+    trainer.fit(Counts(), DataLoader(rows, batch_sampler=sizes))
+    assert len(set(read)) > 3
+    assert len(read) <= 60 + 60 + len(sizes)
+
+
+def test_two_searches_in_one_trainer(tmp_path):
+    both = [searching(tmp_path, optimizer=n, loss="train_loss", apply=False) for n in (0, 1)]
+    seed()
+    Trainer(**quiet(tmp_path), callbacks=both).fit(Manual(), loader())
+    assert read_run(tmp_path / "run").lr_finder["optimizer"].to_list() == [0, 1]
 
 
 def test_of_several_optimizers_one_must_be_named(tmp_path):

@@ -126,16 +126,40 @@ def test_no_rate_at_all():
         base_lr(SGD(groups(1.0, (0.0,)), lr=0.0))
 
 
-def test_a_rate_that_is_a_tensor_stays_that_tensor():
-    tensor = torch.tensor(0.1)
-    optimizer = AdamW([nn.Parameter(torch.ones(2))], lr=tensor)
+def test_rates_that_are_one_tensor_are_set_once_each():
+    rate = torch.tensor(0.1)
+    optimizer = AdamW([{"params": [nn.Parameter(torch.ones(2))]} for _ in range(2)], lr=rate)
     held = optimizer.param_groups[0]["lr"]
     set_group_lrs(optimizer, 0.01, multiples(optimizer))
     assert optimizer.param_groups[0]["lr"] is held
-    assert float(held) == pytest.approx(0.01)
+    set_group_lrs(optimizer, 0.1, [1.0, 1.0])
     set_base_lr(optimizer, [], 0.5)
-    assert optimizer.param_groups[0]["lr"] is held
-    assert float(held) == pytest.approx(0.5)
+    found = [group["lr"] for group in optimizer.param_groups]
+    assert all(isinstance(one, torch.Tensor) for one in found)
+    assert [float(one) for one in found] == pytest.approx([0.5, 0.5])
+
+
+def test_groups_that_come_later_have_the_new_rate():
+    optimizer = SGD(groups(0.1), lr=0.1)
+    set_base_lr(optimizer, [], 0.3)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert optimizer.param_groups[-1]["lr"] == 0.3
+
+
+def test_schedules_of_ones_own():
+    class Own(schedulers.LRScheduler):
+        def __init__(self, optimizer, peak, after):
+            self.peak, self.after = peak, after
+            super().__init__(optimizer)
+
+        def get_lr(self):
+            return [self.peak for _ in self.base_lrs]
+
+    optimizer = SGD(groups(0.1, (1.0,)), lr=0.1)
+    after = schedulers.StepLR(optimizer, 3)
+    own = Own(optimizer, 0.1, after)
+    set_base_lr(optimizer, [own], 0.4)
+    assert (own.peak, own.base_lrs, after.base_lrs) == (0.4, [0.4], [0.4])
 
 
 def test_group_rates_for_one_step_leave_the_schedule():
@@ -165,3 +189,18 @@ def test_an_attribute_that_means_something_else_is_left():
     module = Hyper(learning_rate=0.2)
     assert set_module_lr(module, 0.1, 0.3) == []
     assert module.lr == 0.2
+
+
+def test_a_property_that_shows_the_hyper_parameter_is_not_set_itself():
+    class Shows(LightningModule):
+        def __init__(self, learning_rate=0.1):
+            super().__init__()
+            self.save_hyperparameters()
+
+        @property
+        def learning_rate(self):
+            return self.hparams.learning_rate
+
+    module = Shows()
+    assert set_module_lr(module, 0.1, 0.3) == ["hparams.learning_rate"]
+    assert module.learning_rate == 0.3

@@ -4,12 +4,19 @@ import copy
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    TensorDataset,
+    default_collate,
+    random_split,
+)
 
 from lightning_diag.lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning_diag.tuning.lr_key import key_parts
@@ -169,7 +176,57 @@ def test_what_matters_is_part_of_the_key(name):
     changed = {key for key in plain | other if plain.get(key) != other.get(key)}
     assert expected <= changed
     if name not in ("optimizer", "width"):  # these have more than one effect
-        assert changed == expected
+        # the module keeps the options of its optimizer
+        assert changed <= expected | {"model.settings"}
+
+
+def _steep(x, y):
+    return 2 * nn.functional.cross_entropy(x, y)
+
+
+def _collated(rows):
+    return default_collate(rows)
+
+
+class Holds(Module):
+    """Its loss depends on things that are kept in many ways."""
+
+    scale = 1.0
+
+    def __init__(self, **held):
+        super().__init__()
+        self.held = {"weights": [1.0, 2.0], "loss": nn.functional.cross_entropy, **held}
+        self._private = held.get("private", 0.5)
+        self.register_buffer("prior", torch.tensor(held.get("prior", [0.5, 0.5])))
+        self.save_hyperparameters()
+
+
+class Scaled(Holds):
+    scale = 2.0
+
+
+Scaled.__qualname__ = "Holds"
+HELD = {
+    "class weights in a list": lambda: parts(Holds(weights=[1.0, 5.0])),
+    "a loss as an attribute": lambda: parts(Holds(loss=nn.functional.mse_loss)),
+    "a lambda": lambda: parts(Holds(loss=lambda x, y: (x - y).abs().mean())),
+    "another lambda": lambda: parts(Holds(loss=lambda x, y: 2 * (x - y).abs().mean())),
+    "a function of a module": lambda: parts(Holds(loss=_steep)),
+    "a partial": lambda: parts(Holds(loss=partial(_steep, y=1))),
+    "a private number": lambda: parts(Holds(private=0.9)),
+    "a buffer": lambda: parts(Holds(prior=[0.1, 0.9])),
+    "a word with a hyphen": lambda: parts(Holds(kind="smooth-l1")),
+    "a class attribute": lambda: parts(Scaled()),
+    "how samples are put together": lambda: parts(Holds(), loader(collate_fn=_collated)),
+    "fewer batches": lambda: parts(Holds(), limit_train_batches=2),
+}
+
+
+def test_whatever_a_loss_may_be_made_of_is_part_of_the_key():
+    found = {"plain": parts(Holds()), **{name: make() for name, make in HELD.items()}}
+    keys = {name: str(sorted(value.items(), key=str)) for name, value in found.items()}
+    assert len(set(keys.values())) == len(keys)
+    assert found["plain"] == parts(Holds())
 
 
 def test_values_on_demand():
@@ -180,7 +237,7 @@ def test_values_on_demand():
 @pytest.mark.parametrize("own", ["sha256:1", {"rows": 3, "made": [1, 2]}])
 def test_data_that_name_themselves_are_believed(own):
     one = parts(data=Named(own))
-    assert [key for key in one if key.startswith("data.")] == ["data.fingerprint"]
+    assert {key for key in one if key.startswith("data.")} == {"data.fingerprint", "data.code"}
     assert one == parts(data=Named(copy.deepcopy(own)))
     assert one != parts(data=Named("sha256:2"))
 

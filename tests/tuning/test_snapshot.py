@@ -1,7 +1,10 @@
 """A snapshot puts back whatever was changed, and nothing is replaced that others refer to."""
 
+import itertools
 import random
 from collections import OrderedDict, defaultdict, deque
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -214,6 +217,104 @@ def test_global_random_numbers_come_back_after_an_error_too():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert drawn() == expected
+
+
+def test_what_keeps_a_second_list_of_its_keys():
+    cache = OrderedDict(a=1, b=2)
+    kept = Snapshot([cache])
+    cache.move_to_end("a")
+    cache["c"] = 3
+    del cache["b"]
+    kept.restore()
+    assert list(cache.items()) == [("a", 1), ("b", 2)]
+    cache.move_to_end("a")
+    assert list(cache) == ["b", "a"]
+
+
+def test_depth_does_not_matter():
+    module = inner = nn.Sequential(nn.BatchNorm1d(2))
+    for _ in range(40):
+        module = nn.Sequential(module)
+    kept = Snapshot(module)
+    inner[0].running_mean.add_(1)
+    kept.restore()
+    assert inner[0].running_mean.tolist() == [0, 0]
+
+
+def test_tensor_hooks_are_removed():
+    weight = nn.Parameter(torch.ones(2))
+    weight.register_hook(lambda grad: grad * 2)
+    kept = Snapshot([weight])
+    weight.register_hook(lambda grad: grad * 10)
+    weight.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(10))
+    kept.restore()
+    weight.sum().backward()
+    assert weight.grad.tolist() == [2, 2]
+
+
+def test_data_that_grew_in_place():
+    buffer = torch.ones(2)
+    other = buffer.data
+    kept = Snapshot([buffer])
+    buffer.data = torch.cat([buffer, buffer])
+    kept.restore()
+    assert buffer.tolist() == [1, 1]
+    assert buffer.data_ptr() == other.data_ptr()
+
+
+@pytest.mark.parametrize("made", [lambda: iter([1, 2]), lambda: (x for x in "ab"), itertools.count])
+def test_what_cannot_begin_again_is_refused(made):
+    holder = Tracker()
+    holder.source = made()
+    with pytest.raises(ValueError, match="must be able to begin again, got a "):
+        Snapshot(holder)
+
+
+def test_one_piece_that_resists_does_not_keep_the_others():
+    array, tracker = np.zeros(2), Tracker()
+    kept = Snapshot([array, tracker])
+    tracker.count = 5
+    array.flags.writeable = False
+    with pytest.raises(RuntimeError, match="could not be put back"):
+        kept.restore()
+    assert tracker.count == 0
+
+
+@dataclass(slots=True)
+class Slotted:
+    count: int = 0
+    seen: list = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    "made", [Slotted, lambda: SimpleNamespace(count=0, seen=[])], ids=["slots", "namespace"]
+)
+def test_holders_of_other_kinds(made):
+    holder = Tracker()
+    holder.inner = made()
+    kept = Snapshot(holder)
+    holder.inner.count += 1
+    holder.inner.seen.append(1)
+    kept.restore()
+    assert (holder.inner.count, holder.inner.seen) == (0, [])
+
+
+def test_a_list_that_is_shuffled_in_place():
+    data = Data()
+    data.order = list(range(6000))
+    kept = Snapshot(data, largest=1 << 20)
+    random.Random(1).shuffle(data.order)
+    kept.restore()
+    assert data.order == list(range(6000))
+
+
+def test_every_second_normal_number():
+    generator = np.random.RandomState(0)
+    generator.standard_normal()
+    kept = Snapshot([generator])
+    expected = generator.standard_normal(3).tolist()
+    kept.restore()
+    assert generator.standard_normal(3).tolist() == expected
 
 
 @pytest.mark.gpu
