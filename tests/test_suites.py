@@ -27,7 +27,8 @@ def test_each_suite_holds_the_one_before_and_full_holds_all():
     kinds = {
         one.__name__ for one in public if isinstance(one, type) and issubclass(one, Diagnostic)
     }
-    assert full == kinds
+    # which sets the learning rate, and is therefore asked for by name
+    assert full == kinds - {"LRCache"}
 
 
 @pytest.mark.parametrize("name", SUITES)

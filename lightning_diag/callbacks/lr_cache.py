@@ -21,7 +21,7 @@ from lightning_diag.functional.lr_range_test import (
 from lightning_diag.lightning import LightningModule, Trainer
 from lightning_diag.tuning.learning_rate import base_lr, set_base_lr, set_module_lr
 from lightning_diag.tuning.lr_key import key_parts
-from lightning_diag.tuning.lr_search import Losses, range_test
+from lightning_diag.tuning.lr_search import Losses, can_search, range_test
 from lightning_diag.tuning.lr_store import Entry, LRStore, key_of
 
 __all__ = ["LRCache"]
@@ -61,9 +61,10 @@ class LRCache(Diagnostic):
 
     A search that finds nothing leaves the learning rate as it was, says why, and is not kept.
     Nothing happens on a resumed run, whose learning rate comes from its checkpoint, nor under
-    ``fast_dev_run``. Under DDP and FSDP all ranks search together, on the mean of their losses and
-    gradients. Peak memory is that of a training step; a copy of the weights is held on the host
-    (sharded weights: on the device) meanwhile.
+    ``fast_dev_run``. Under DDP all ranks search together, on the mean of their losses and
+    gradients; where weights are sharded (FSDP) or belong to another engine, none is searched, and
+    that is said. Peak memory is that of a training step; a copy of the weights is held on the host
+    meanwhile.
 
     Args:
         cache_dir: Folder of the entries; None for the user's cache folder.
@@ -166,6 +167,14 @@ class LRCache(Diagnostic):
             return
         if getattr(trainer, "fast_dev_run", False):
             self.note(trainer, "no learning rate is searched under `fast_dev_run`.")
+            return
+        if not can_search(trainer):
+            self.note(
+                trainer,
+                "a learning rate is searched on one device and under DDP, and not under "
+                f"{type(trainer.strategy).__name__}.",
+                "warning",
+            )
             return
         if type(pl_module).optimizer_step is not LightningModule.optimizer_step:
             self.note(trainer, "the module's own `optimizer_step` is not called in the search.")

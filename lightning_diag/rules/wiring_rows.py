@@ -1,5 +1,6 @@
 """The rows of a wiring check as faults: the same thing seen wrong, look after look."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ __all__ = ["WIRING_FILE", "Fault", "checked", "faults"]
 
 WIRING_FILE = "records/wiring.jsonl"
 
+_MORE = re.compile(r" and \d+ more$")
 _ALIKE = ("component", "kind", "at", "optimizer")
 
 
@@ -44,8 +46,10 @@ class Fault:
     @property
     def names(self) -> str:
         """The first of the subjects, in words."""
-        named, more, count = str(self.last.get("names") or "?").partition(" and ")
-        return ", ".join(f"`{name}`" for name in named.split(", ")) + more + count
+        text = str(self.last.get("names") or "?")
+        more = _MORE.search(text)
+        named, rest = (text[: more.start()], more[0]) if more else (text, "")
+        return ", ".join(f"`{name}`" for name in named.split(", ")) + rest
 
     @property
     def share(self) -> float:

@@ -20,10 +20,9 @@ from lightning_diag.lightning import PACKAGE, LightningModule, Trainer
 from lightning_diag.tuning.learning_rate import multiples, set_group_lrs
 from lightning_diag.tuning.snapshot import Snapshot, same_random_numbers
 
-__all__ = ["Losses", "accumulation", "range_test"]
+__all__ = ["Losses", "accumulation", "can_search", "range_test"]
 
-_REPLICATED = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
-_SHARDED = frozenset({"FSDPStrategy", "ModelParallelStrategy"})
+_WHOLE = frozenset({"SingleDeviceStrategy", "DDPStrategy"})
 _WITHOUT_LOSS = 30  # steps in a row: a gradient scaler that starts at 2^16 needs no more than 16
 _SMALL = 1 << 26  # bytes of what may be a data set's memory
 
@@ -92,20 +91,19 @@ def range_test(
     Raises:
         ValueError: If the strategy is not one that this can undo, or if no step gives a loss.
     """
-    kinds = {kind.__name__ for kind in type(trainer.strategy).__mro__}
-    if not kinds & (_REPLICATED | _SHARDED):
+    if not can_search(trainer):
         raise ValueError(
-            "A learning rate can be searched on one device, under DDP and under FSDP, got "
-            f"{type(trainer.strategy).__name__}."
+            "A learning rate can be searched on one device and under DDP, where weights are whole, "
+            f"got {type(trainer.strategy).__name__}."
         )
-    replicated, share = bool(kinds & _REPLICATED), accumulation(trainer)
+    share = accumulation(trainer)
     before: list[float] = []
     if pl_module.automatic_optimization:
         with _undone(trainer, pl_module) as logged:
-            steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged, share)
+            steps = _Steps(trainer, pl_module, optimizer, loss, logged, share)
             before = [steps.loss_before() for _ in lrs]
     with _undone(trainer, pl_module) as logged:
-        steps = _Steps(trainer, pl_module, optimizer, replicated, loss, logged, share)
+        steps = _Steps(trainer, pl_module, optimizer, loss, logged, share)
         factors = multiples(optimizer)
         found: list[float] = []
         for lr in lrs:
@@ -114,6 +112,11 @@ def range_test(
             if diverged(torch.tensor(losses.compared()), spread=losses.spread()):
                 break
     return losses
+
+
+def can_search(trainer: Trainer) -> bool:
+    """Whether every rank holds all weights: what FSDP keeps of its shards cannot be put back."""
+    return bool({kind.__name__ for kind in type(trainer.strategy).__mro__} & _WHOLE)
 
 
 def accumulation(trainer: Trainer) -> int:
@@ -134,17 +137,14 @@ class _Steps:
         trainer: Trainer,
         pl_module: LightningModule,
         optimizer: Optimizer,
-        replicated: bool,
         loss: str | None,
         logged: dict[str, object],
         share: int,
     ) -> None:
         self._trainer, self._module, self._optimizer = trainer, pl_module, optimizer
-        self._averages = replicated and trainer.world_size > 1
+        self._averages = trainer.world_size > 1
         self._batches = enumerate(_batches(trainer, pl_module))
         self._name, self._logged = loss, logged
-        # DDP's own wrapper would remember that it was used
-        self._call = self._unwrapped if replicated else trainer.strategy.training_step
         self._share = share
         taken = inspect.signature(pl_module.training_step).parameters.values()
         self._takes_index = len(taken) >= 2 or any(one.kind is one.VAR_POSITIONAL for one in taken)
@@ -210,14 +210,16 @@ class _Steps:
         self._logged.clear()
         if self._module.on_train_batch_start(batch, index) == -1:
             return None, None
-        output = self._call(batch, index) if self._takes_index else self._call(batch)
+        output = self._forward_step(batch, index)
         self._module.on_train_batch_end(output, batch, index)
         loss = output.get("loss") if isinstance(output, Mapping) else output
         seen = loss if self._name is None else self._logged.get(self._name)
         return _as_loss(loss), _as_loss(seen)
 
-    def _unwrapped(self, *arguments: Any) -> Any:  # noqa: ANN401
+    def _forward_step(self, batch: Any, index: int) -> Any:  # noqa: ANN401
+        # of the module itself: DDP's wrapper would remember that it was used
         with self._trainer.precision_plugin.train_step_context():
+            arguments = (batch, index) if self._takes_index else (batch,)
             return self._module.training_step(*arguments)
 
     def _scale(self) -> float:

@@ -122,7 +122,7 @@ class Snapshot:
 
     def _keep_container(self, value: Any) -> None:  # noqa: ANN401
         if isinstance(value, dict):
-            kept = dict(value)
+            kept = _copied(value)
             self._restores.append(lambda: _refill_dict(value, kept))
             inside = list(kept.values())
         else:
@@ -170,10 +170,18 @@ def _closed(value: object) -> bool:
     return top in _CLOSED or top in sys.stdlib_module_names
 
 
+def _copied(value: dict[Any, Any]) -> dict[Any, Any]:
+    return dict(list(_dict_kind(value).items(value)))
+
+
+def _dict_kind(value: dict[Any, Any]) -> Any:  # noqa: ANN401
+    """Whose methods to use: a subclass's own may react, OrderedDict keeps a second list of keys."""
+    return OrderedDict if isinstance(value, OrderedDict) else dict
+
+
 def _refill_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    # in the old order too; by the methods of dict itself, since a subclass may react to them, or
-    # of OrderedDict, which keeps a second list of its keys
-    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    # in the old order too
+    kind = _dict_kind(value)
     kind.clear(value)
     for key, one in kept.items():
         kind.__setitem__(value, key, one)

@@ -24,11 +24,11 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("reference")
 
 
-def assert_measured(folder, case):
-    """Training that was never looked at would be the same too."""
+def assert_measured(folder, case, beside=()):
+    """Training that was never looked at would be the same too; `beside`: those that do not look."""
     (run,) = (folder / "diagnostics").iterdir()
     last = {row["diagnostic"]: row["measured"] for row in read_run(run).overhead.to_dicts()}
-    for kind in kinds(case):
+    for kind in {*kinds(case)} - {*beside}:
         assert last[kind] >= (1 if kind in ONCE else 2), kind
 
 
@@ -75,7 +75,8 @@ def test_bits_are_the_same_on_two_ranks(mode, tmp_path):
         assert not differences(*traces)
         cut = traces[0]["weights"]["net.head.weight"].shape[0] < TOKENS
         assert cut == (mode == "fsdp2")
-    assert_measured(tmp_path / "with", "all")
+    # no learning rate is searched where weights are sharded
+    assert_measured(tmp_path / "with", "all", ONCE if mode == "fsdp2" else ())
 
 
 def test_modes_do_what_they_are_named_for(folder):
