@@ -2,7 +2,7 @@
 
 Each round trains the demo's transformer for some steps without and with a search, in one process,
 and then again with the answer at hand. A search of n steps also passes each of its batches through
-the untrained model once, so it is expected to cost about four thirds of n ordinary steps.
+the untrained model once, and reads each loss.
 
 Run from a checkout: ``python -m benchmarks.lr_cache [--rounds 3] [--search 100] [--write]``.
 """
