@@ -19,6 +19,7 @@ _FIRST = 10  # losses that tell what loss and noise there is at the start
 _SIGMAS = 6.0  # of the first losses' noise: what a flat curve may climb
 _ROUNDING = 1e-4  # of a loss, that single precision and its order of operations may leave
 _NORMAL = 1.4826  # median absolute deviation to standard deviation, for a normal distribution
+_CLIMB = 0.25  # falls above its start, with which a loss has left its valley
 # of the pairs of a loss at the start and one around the smallest, how many must have fallen; or by
 # how much noise the smoothed loss must: of 1000 curves of pure noise, normal or heavy-tailed, about
 # 5 get so far
@@ -27,6 +28,7 @@ _NOISES = 4.0
 # with losses that are compared batch by batch: standard errors that the fall must be, and the share
 # of what batches differ by anyway; or how often that, where the fall is too narrow for errors
 _ERRORS = 4.0
+_SIGNS = 4.0  # the same in a sign test, which looks at many more losses
 _SHARE = 0.1
 _SPREADS = 2.0
 
@@ -44,7 +46,8 @@ class Suggestion(NamedTuple):
         confidence: ``"high"`` if all ten losses around the smallest one lie below all of the first
             ten; ``"medium"`` if 90 % of these pairs do, or if the fall is four times the noise;
             else ``"none"``. With `spread`: ``"high"`` from eight, ``"medium"`` from four standard
-            errors of the fall, which must be a tenth of `spread`, or if it is twice `spread`.
+            errors, or four in the sign test of all losses before the smallest, if the fall is a
+            tenth of `spread`; ``"medium"`` too if it is twice `spread`.
         reason: Why there is no suggestion, or what limits it; empty otherwise.
     """
 
@@ -218,8 +221,12 @@ def lr_suggestion(
     values, rates = losses.double()[finite], lrs.double()[finite]
     if len(values) < 2 * _FIRST:
         return _none(f"the curve has {len(values)} finite points, and needs {2 * _FIRST}")
-    # a loss that has left would reach back over its neighbours
-    s = smoothed_both_ways(values.clamp(max=float(values[:_FIRST].max())), beta)
+    whole = len(values)
+    values = _first_valley(values, beta)
+    rates = rates[: len(values)]
+    if len(values) < 2 * _FIRST:
+        return _none("the loss does not fall beyond its noise")
+    s = smoothed_both_ways(values, beta)
     lowest = int(s.argmin())
     noise = float(_spread(torch.diff(values[: max(lowest, _FIRST)])) / math.sqrt(2))
     fall = float(s[:_FIRST].median() - s[lowest])
@@ -227,8 +234,9 @@ def lr_suggestion(
         below = _pairs_below(values, lowest)
         falls, surely = below >= _PAIRS or fall > _NOISES * noise, below == 1
     else:
-        errors = _errors_below(values, lowest)
-        falls = fall > _SPREADS * spread > 0 or (errors > _ERRORS and fall > _SHARE * spread)
+        errors, signs = _errors_below(values, lowest), _signs_below(values, lowest)
+        told = (errors > _ERRORS or signs > _SIGNS) and fall > _SHARE * spread
+        falls = told or fall > _SPREADS * spread > 0
         surely = errors > 2 * _ERRORS
     first, last = round(skip_start * len(values)), len(values) - round(skip_end * len(values))
     last = min(last, lowest + 1)
@@ -240,13 +248,28 @@ def lr_suggestion(
     if slope >= 0:
         return _none("the loss falls nowhere", slope=slope, noise=noise, fall=fall)
     suggested = float(f"{float(rates[place]):.2g}")
-    reason = "the loss still falls at the largest rate" if lowest >= len(values) - 2 else ""
+    reason = "the loss still falls at the largest rate" if lowest >= whole - 2 else ""
     low, high = bounds or (0.0, math.inf)
     if not low <= suggested <= high:
         reason = f"{suggested:g} lies outside of the bounds {low:g} to {high:g}"
         suggested = min(max(suggested, low), high)
     confidence = "high" if surely and not reason else "medium"
     return Suggestion(suggested, place, slope, noise, fall, confidence, reason)
+
+
+def _first_valley(values: Tensor, beta: float) -> Tensor:
+    """The curve up to where it has climbed above its start: what dips behind that is chance.
+
+    What lies further above than the fall is deep counts as lying there, since it would reach back
+    over its neighbours.
+    """
+    start, highest = values[:_FIRST].median(), values[:_FIRST].max()
+    smooth = smoothed_losses(values, beta)
+    fall = (start - smooth[_FIRST:].min()).clamp_min(0)
+    above = smooth > start + _CLIMB * fall
+    above[:_FIRST] = False
+    end = int(above.int().argmax()) if bool(above.any()) else len(values)
+    return values[:end].clamp(max=float(highest + fall))
 
 
 def _pairs_below(values: Tensor, lowest: int) -> float:
@@ -271,6 +294,18 @@ def _errors_below(values: Tensor, lowest: int) -> float:
     error = math.sqrt(math.pi / 2 / len(later)) * _spread(later)
     fall = float(values[:_FIRST].median() - later.median())
     return fall / float(error) if error > 0 else math.copysign(math.inf, fall)
+
+
+def _signs_below(values: Tensor, lowest: int) -> float:
+    """Standard errors of the sign test of all losses from the start to the smallest.
+
+    A slow fall whose end is noisy shows in this, and not around the smallest loss.
+    """
+    way = values[_FIRST : lowest + 1]
+    if len(way) < _FIRST:
+        return 0.0
+    below = float((way < values[:_FIRST].median()).double().sum())
+    return (2 * below - len(way)) / math.sqrt(len(way))
 
 
 def _start(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,11 +125,13 @@ def _described(value: Any, seen: dict[int, object], depth: int = 0) -> str:  # n
     if isinstance(value, list | tuple | set | frozenset | Mapping) and len(value) > _FEW:
         return f"{type(value).__qualname__} of {len(value)}"
     if isinstance(value, Mapping):
-        return str(sorted((str(key), inner(one)) for key, one in value.items() if _counts(key)))
+        # in one order: what was seen before is told by its kind alone
+        kept = sorted(((str(key), one) for key, one in value.items() if _counts(key)), key=_first)
+        return str([(key, inner(one)) for key, one in kept])
     if isinstance(value, list | tuple):
         return str([inner(one) for one in value])
     if isinstance(value, set | frozenset):
-        return str(sorted(map(inner, value)))
+        return str([inner(one) for one in sorted(value, key=repr)])
     if isinstance(value, partial):
         return inner([value.func, value.args, value.keywords])
     if isinstance(value, staticmethod | classmethod | MethodType):
@@ -141,11 +143,15 @@ def _described(value: Any, seen: dict[int, object], depth: int = 0) -> str:  # n
     return _described_code(inspect.unwrap(value) if callable(value) else value, inner)
 
 
+def _first(pair: tuple[str, object]) -> str:
+    return pair[0]
+
+
 def _described_code(value: Any, inner: Callable[[object], str]) -> str:  # noqa: ANN401
     if isinstance(value, FunctionType):
         if _of_library(value):
             return f"{value.__module__}.{value.__qualname__}"
-        names = _names(value.__code__) & set(value.__globals__)
+        names = sorted(_names(value.__code__) & set(value.__globals__))
         used = {name: value.__globals__[name] for name in names}
         cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
         rest = inner([value.__defaults__, value.__kwdefaults__, used, cells])

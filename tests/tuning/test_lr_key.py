@@ -279,9 +279,14 @@ SCRIPT = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from tests.tuning.test_lr_key import Module, parts
+def shared(x): return 1 * x
+def one(x): return shared(x) + 1
+def two(x): return shared(x) + 2
+def three(x): return one(x) + two(x) + shared(x)
 class Sets(Module):
     def training_step(self, batch, batch_idx):
         assert batch_idx not in {"a", "b", "c", "d"}
+        assert three(1) + two(1) + one(1) + shared(1)
         return super().training_step(batch, batch_idx)
 print("KEY", json.dumps(parts(Sets())))
 """
@@ -291,7 +296,7 @@ print("KEY", json.dumps(parts(Sets())))
 def test_another_process_has_the_same_key():
     """Sets of strings have another order in each process."""
     found = set()
-    for number in ("1", "2"):
+    for number in ("1", "2", "3"):
         environment = {**os.environ, "PYTHONHASHSEED": number}
         command = [sys.executable, "-c", SCRIPT, str(ROOT)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
