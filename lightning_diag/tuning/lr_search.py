@@ -97,18 +97,21 @@ def range_test(
             f"got {type(trainer.strategy).__name__}."
         )
     share = accumulation(trainer)
+    # steps that a scaler skips have batches too
+    spare = 0 if _scaler(trainer) is None else _WITHOUT_LOSS
     before: list[float] = []
     if pl_module.automatic_optimization:
         with _undone(trainer, pl_module) as logged:
             steps = _Steps(trainer, pl_module, optimizer, loss, logged, share)
-            before = [steps.loss_before() for _ in lrs]
+            before = [steps.loss_before() for _ in range(len(lrs) + spare)]
     with _undone(trainer, pl_module) as logged:
         steps = _Steps(trainer, pl_module, optimizer, loss, logged, share)
         factors = multiples(optimizer)
-        found: list[float] = []
+        losses = Losses([], [])
         for lr in lrs:
-            found.append(steps.loss_at(lr, factors))
-            losses = Losses(found, before)
+            losses.found.append(steps.loss_at(lr, factors))
+            # the one of the same batch
+            losses.before.extend(before[steps.seen - 1 : steps.seen])
             if diverged(torch.tensor(losses.compared()), spread=losses.spread()):
                 break
     return losses
@@ -117,6 +120,10 @@ def range_test(
 def can_search(trainer: Trainer) -> bool:
     """Whether every rank holds all weights: what FSDP keeps of its shards cannot be put back."""
     return bool({kind.__name__ for kind in type(trainer.strategy).__mro__} & _WHOLE)
+
+
+def _scaler(trainer: Trainer) -> Any:  # noqa: ANN401
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def accumulation(trainer: Trainer) -> int:
@@ -146,6 +153,7 @@ class _Steps:
         self._batches = enumerate(_batches(trainer, pl_module))
         self._name, self._logged = loss, logged
         self._share = share
+        self.seen = 0  # optimizer steps that gave a loss, those that a scaler skipped too
         taken = inspect.signature(pl_module.training_step).parameters.values()
         self._takes_index = len(taken) >= 2 or any(one.kind is one.VAR_POSITIONAL for one in taken)
         pl_module.on_train_start()
@@ -165,6 +173,7 @@ class _Steps:
             set_group_lrs(self._optimizer, lr, factors)
             scale = self._scale()
             value = self._agreed(self._step)
+            self.seen += value is not None
             # a scaler that has just halved its scale has made no step
             if value is not None and self._scale() >= scale:
                 return value
@@ -223,7 +232,7 @@ class _Steps:
             return self._module.training_step(*arguments)
 
     def _scale(self) -> float:
-        scaler = getattr(self._trainer.precision_plugin, "scaler", None)
+        scaler = _scaler(self._trainer)
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def _agreed(self, step: Callable[[], Tensor | None]) -> float | None:
@@ -254,7 +263,7 @@ def _as_loss(value: object) -> Tensor | None:
 def _undone(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[str, object]]:
     """Everything that training changes is put back; yields what the module logs meanwhile."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaler = _scaler(trainer)
     dummy = importlib.import_module(f"{PACKAGE}.loggers.logger").DummyLogger
     logged: dict[str, object] = {}
     with ExitStack() as stack:

@@ -210,13 +210,17 @@ def test_a_step_that_the_scaler_skips_is_made_again(tmp_path):
         def on_train_start(self, trainer, pl_module):
             (optimizer,) = trainer.optimizers
             hook = optimizer.register_step_post_hook(lambda *_: made.append(1))
-            found.extend(range_test(trainer, pl_module, optimizer, [1e-4] * 20).found)
+            found.append(range_test(trainer, pl_module, optimizer, [1e-12] * 20))
             hook.remove()
 
     seed()
     options = quiet(tmp_path, max_epochs=1, **scaled())
     Trainer(**options, callbacks=[Search()]).fit(Network(), loader())
-    assert len(made) == len(found) == 20
+    (losses,) = found
+    assert len(made) == len(losses.found) == len(losses.before) == 20
+    # each is compared with its own batch, and not with one that was skipped
+    assert losses.found == pytest.approx(losses.before, abs=1e-3)
+    assert max(losses.before) - min(losses.before) > 0.05
 
 
 # ---- where it does nothing, and where it fails ----
