@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.collapse_judge import Judge, Limits, Numbers, Verdict
+from lightning_diag.callbacks.collapse_progress import Progress, learning_rate
 from lightning_diag.callbacks.collapse_reason import explained, stop_reason
 from lightning_diag.callbacks.collapse_report import write_collapse_report
 from lightning_diag.callbacks.collapse_rollback import (
@@ -118,6 +119,13 @@ class CollapseStop(Diagnostic):
         ``unique_predictions`` (classes in the window; of more than 64, a lower bound),
         ``top_share`` (share of the most frequent one), ``predictions`` (in the window), ``action``
         (``stop``, ``rollback``, ``warn`` or null), ``restored_step`` (of a rollback).
+
+        ``records/loss.jsonl``, one for ten judged steps (a hundred after step 20 000), at the last
+        of them: ``first_step``, ``steps``, ``loss`` (mean of the finite ones), ``loss_std``,
+        ``loss_min``, ``loss_max``, ``loss_max_step``, ``nonfinite``, ``first_nonfinite`` (step),
+        ``gradient_norm`` (mean), ``gradient_norm_max``, ``gradient_nonfinite``, ``skipped`` (counts
+        of steps), ``lr`` (largest of all groups, at the last step), ``lr_min``, ``lr_max``, and
+        ``variance``, ``top_share``, ``predictions`` of the last step, as above.
 
     Logs:
         At these rows, under ``collapse/``: ``event``, ``streak``, ``events_total``,
@@ -241,6 +249,7 @@ class CollapseStop(Diagnostic):
         whole = completed_gradients(optimizer) if self._sharded else None
         if self._error is None:
             window.began = window.began or self.device_began(pl_module.device)
+            window.rate = learning_rate(trainer.optimizers)
             shared = self._gathers
             window.add_gradients(trainer, optimizer, index, shared=shared, whole=whole)
 
@@ -265,6 +274,9 @@ class CollapseStop(Diagnostic):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._act(trainer, pl_module)
+        rest = self._progress.row(self._latest)
+        if rest is not None:
+            self._loss_rows.append((self._last_step, rest))
         self._write(trainer)
         if self._triggered:
             self._write_report(trainer)
@@ -320,6 +332,9 @@ class CollapseStop(Diagnostic):
         self._begun_at = 0
         self._odd = frozenset()
         self._rows: list[tuple[int, Row]] = []
+        self._progress = Progress()
+        self._latest: Row = {}
+        self._loss_rows: list[tuple[int, Row]] = []
 
     def release(self) -> None:
         super().release()
@@ -334,6 +349,7 @@ class CollapseStop(Diagnostic):
             "rollbacks": [dict(one) for one in self._rollbacks],
             "triggered": self._triggered,
             "last_step": self._last_step,
+            "progress": self._progress.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -342,6 +358,7 @@ class CollapseStop(Diagnostic):
         self._rollbacks = [dict(one) for one in state_dict["rollbacks"]]
         self._triggered = state_dict["triggered"]
         self._last_step = state_dict["last_step"]
+        self._progress.load(state_dict.get("progress", []))
 
     # ---- measuring ----
 
@@ -373,6 +390,7 @@ class CollapseStop(Diagnostic):
     def _measure(self, trainer: Trainer, window: Window, *, discard: bool) -> None:
         device = trainer.lightning_module.device
         has_scaler = gradient_scaler(trainer) is not None
+        rate = window.rate
 
         def judge(values: Tensor) -> None:
             numbers = merge_steps(values[:, :-_MARKS] if self._gathers else values)
@@ -381,7 +399,7 @@ class CollapseStop(Diagnostic):
             if self._gathers:
                 self.all_well(read[: len(marks)])
             if not discard:
-                self._judged(Numbers.of(window.step, read[len(marks) :], has_scaler))
+                self._judged(Numbers.of(window.step, read[len(marks) :], has_scaler), rate)
 
         began = window.began or self.device_began(device)
         if not self._gathers and device.type == "cpu":
@@ -390,7 +408,7 @@ class CollapseStop(Diagnostic):
             def count(read: Tensor) -> None:
                 numbers = finish(read.tolist())
                 if not discard:
-                    self._judged(Numbers.of(window.step, numbers, has_scaler))
+                    self._judged(Numbers.of(window.step, numbers, has_scaler), rate)
 
             self.read(values, count, None)
             return
@@ -402,9 +420,13 @@ class CollapseStop(Diagnostic):
 
     # ---- judging and acting ----
 
-    def _judged(self, numbers: Numbers) -> None:
+    def _judged(self, numbers: Numbers, rate: float | None) -> None:
         verdict = self._judge.see(numbers)
         self._last_step = verdict.step
+        self._latest = verdict.row
+        progress = self._progress.see(numbers, verdict, rate)
+        if progress is not None:
+            self._loss_rows.append((verdict.step, progress))
         if self._verdict is None or not self._verdict.collapsed:
             self._verdict = verdict
         judged, streak = self._judge.judged, verdict.streak
@@ -537,6 +559,9 @@ class CollapseStop(Diagnostic):
         rows, self._rows = self._rows, []
         for step, row in rows:
             self.report(trainer, [row], step=step)
+        rows, self._loss_rows = self._loss_rows, []
+        for step, row in rows:
+            self.report(trainer, [row], step=step, prefix="loss")
 
     def _write_report(self, trainer: Trainer) -> None:
         run = run_logger(trainer)

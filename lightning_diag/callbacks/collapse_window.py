@@ -71,11 +71,13 @@ class Window:
 
     Attributes:
         began: Mark on the device where its measuring began.
+        rate: The largest learning rate with which an optimizer made this step.
         failure: What went wrong, to be told to the other ranks.
     """
 
     step: int
     began: torch.cuda.Event | None = None
+    rate: float | None = None
     failure: Exception | None = None
     _losses: list[Tensor] = field(default_factory=list)
     _predictions: list[Tensor] = field(default_factory=list)

@@ -41,9 +41,9 @@ def diagnose(
         from lightning_diag.records.read_run import read_run
 
         run = read_run(run)
-    found = []
+    found, there = [], set(run.prefixes)
     for one in RULES.values():
-        if one.needs in run.prefixes:
+        if not there.isdisjoint(one.needs):
             found += _check(one, run, resolved[one.id], on_error)
     explained = _with_causes(found)
     return order_findings([_with_remedy(one, run.config) for one in explained])
@@ -51,7 +51,7 @@ def diagnose(
 
 def _check(one: Rule, run: "Run | LiveRows", thresholds: object, on_error: str) -> list[Finding]:
     try:
-        return one.check(run.frame(one.needs), thresholds)
+        return one.check(*(run.frame(prefix) for prefix in one.needs), thresholds)
     except Exception as error:
         if on_error == "raise":
             raise
@@ -84,7 +84,9 @@ def _with_causes(findings: list[Finding]) -> list[Finding]:
 
 
 def _explains(cause: Finding, effect: Finding) -> bool:
-    if cause.rank == 0 or effect.rule not in RULES[cause.rule].explains:
+    rule = RULES[cause.rule]
+    later = effect.rule in rule.explains_later and _step(cause) < _step(effect)
+    if cause.rank == 0 or not (effect.rule in rule.explains or later):
         return False
     # a loss that is the same to the last bit is an effect of gradients that are tiny, but there
     if (cause.rule, cause.unit, effect.rule) == ("detached_graph", "loss", "vanishing_gradient"):

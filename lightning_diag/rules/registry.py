@@ -3,32 +3,30 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from lightning_diag.rules.finding import Finding
-
-if TYPE_CHECKING:
-    import polars as pl
-
 from lightning_diag.spelling import did_you_mean
 
 __all__ = ["RULES", "Remedy", "Rule", "resolve_thresholds", "rule"]
 
-Check = Callable[["pl.DataFrame", Any], list[Finding]]
+Check = Callable[..., list[Finding]]
 Remedy = Callable[[Finding, Mapping[str, Any]], dict[str, object]]
 _Function = TypeVar("_Function", bound=Callable[..., list[Finding]])
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A pure function from the rows of one prefix to findings, and what is known about it.
+    """A pure function from rows to findings, and what is known about it.
 
     Args:
         id: Its name in findings and in ``conf/rules``.
         family: The YAML file in ``conf/rules`` that holds its thresholds.
-        needs: Prefix of the rows it reads.
+        needs: Prefixes of the rows it reads. It is checked where a run has rows of any of them, and
+            gets a frame for each, without rows where there are none.
         thresholds: Its default thresholds, a frozen dataclass with a unit for every field.
         explains: Ids of the rules whose findings this rule's findings can cause.
+        explains_later: The same, for those that begin after it and not at the same step.
         reference: Where the thresholds come from.
         check: The function.
         remedy: From a finding and the run's configuration to overrides.
@@ -36,9 +34,10 @@ class Rule:
 
     id: str
     family: str
-    needs: str
+    needs: tuple[str, ...]
     thresholds: Any
     explains: tuple[str, ...]
+    explains_later: tuple[str, ...]
     reference: str
     check: Check
     remedy: Remedy | None
@@ -51,9 +50,10 @@ def rule(
     id: str,
     *,
     family: str,
-    needs: str,
+    needs: str | Iterable[str],
     thresholds: type,
     explains: Iterable[str] = (),
+    explains_later: Iterable[str] = (),
     reference: str = "",
     remedy: Remedy | None = None,
 ) -> Callable[[_Function], _Function]:
@@ -70,7 +70,17 @@ def rule(
     def enter(check: _Function) -> _Function:
         if id in RULES:
             raise ValueError(f"A rule id must be used once, got {id!r}.")
-        RULES[id] = Rule(id, family, needs, defaults, tuple(explains), reference, check, remedy)
+        RULES[id] = Rule(
+            id=id,
+            family=family,
+            needs=(needs,) if isinstance(needs, str) else tuple(needs),
+            thresholds=defaults,
+            explains=tuple(explains),
+            explains_later=tuple(explains_later),
+            reference=reference,
+            check=check,
+            remedy=remedy,
+        )
         return check
 
     return enter
