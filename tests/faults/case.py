@@ -83,12 +83,20 @@ class Case:
         """Whether thresholds may not be chosen by it: every second one, by the hash of its name."""
         return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 1
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # functions without a name do not travel between processes; names do
+        return _named, (self.name,)
+
     def seed(self, number: int = 0) -> int:
         """A seed of its own."""
         return int.from_bytes(hashlib.sha256(f"{self.name} {number}".encode()).digest()[:4])
 
 
 CASES: dict[str, Case] = {}
+
+
+def _named(name: str) -> Case:
+    return all_cases()[name]
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
