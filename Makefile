@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 DOORS := tests/callbacks tests/promises tests/records
 
-.PHONY: help demo test lint bench reproduce clean
+.PHONY: help demo test lint bench faults reproduce clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test    ruff, mypy, doctests and all tests, under both Lightning packages"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"
+	@echo "make faults  train all planted faults and healthy runs; writes tests/faults/RESULTS.md"
 	@echo "make reproduce  train transformer, graph net and their fusion with three seeds each, and aggregate them"
 	@echo "make clean   remove .venv, caches and build folders; runs/ stays"
 
@@ -64,6 +65,10 @@ bench: $(READY)
 	@$(BIN)/python -m benchmarks.gradient_health --write
 	@$(BIN)/python -m benchmarks.suite --write
 	@$(BIN)/python -m benchmarks.lr_cache --write
+
+# how right the rules are: some ten minutes for each hundred runs
+faults: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --write
 
 # nine runs; started again, it goes on where it was cut
 reproduce: $(RUNS)

@@ -1,33 +1,47 @@
-"""`make faults`: train every case, diagnose it, and say how right the rules are."""
+"""`make faults`: train all cases, diagnose them, mend what can be mended, and count."""
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 importlib.import_module(os.environ.get("LIGHTNING_DIAG_TEST_PACKAGE", "pytorch_lightning"))
 
-from tests.faults.case import all_cases  # noqa: E402
+from tests.faults.case import all_cases  # noqa: E402  (after the choice)
+from tests.faults.repair import Repair, repair  # noqa: E402
+from tests.faults.results import results, summary  # noqa: E402
 from tests.faults.trial import Setting, Trial, attempt  # noqa: E402
 
+RESULTS = Path(__file__).with_name("RESULTS.md")
+_Outcome = TypeVar("_Outcome", Trial, Repair)
 
-def run_one(name: str, folder: str, setting: Setting) -> Trial | str:
-    """One case in a process of its own; what went wrong, if it could not be run."""
-    import logging
 
+def tried(name: str, folder: str, setting: Setting) -> Trial | str:
+    """One case; or why it could not be run."""
+    return _safely(lambda: attempt(all_cases()[name], Path(folder) / name, setting))
+
+
+def mended(name: str, folder: str) -> Repair | str:
+    """One case, mended; or why it could not be run."""
+    return _safely(lambda: repair(all_cases()[name], Path(folder) / f"{name}_repair"))
+
+
+def _safely(work: Callable[[], _Outcome]) -> _Outcome | str:
     for package in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(package).setLevel(logging.ERROR)
     try:
-        trial = attempt(all_cases()[name], Path(folder) / name, setting)
+        return work()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return trial
 
 
-def line(name: str, trial: "Trial | str") -> str:
+def line(name: str, trial: Trial | str) -> str:
     """One case in one line."""
     if isinstance(trial, str):
         return f"{name:44} ERROR {trial}"
@@ -44,12 +58,15 @@ def line(name: str, trial: "Trial | str") -> str:
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("names", nargs="*", help="cases, or beginnings of names; all if none")
     parser.add_argument("--setting", choices=["close", "default"], default="close")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="folder for the runs")
     parser.add_argument("--half", choices=["tuned", "held-out", "both"], default="both")
+    parser.add_argument("--repair", action="store_true", help="mend the runs that can be mended")
+    parser.add_argument("--write", action="store_true", help=f"all of it, into {RESULTS.name}")
     given = parser.parse_args()
     cases = all_cases()
     names = [n for n in cases if not given.names or any(n.startswith(g) for g in given.names)]
@@ -57,14 +74,44 @@ def main() -> None:
         names = [n for n in names if cases[n].held_out == (given.half == "held-out")]
     if not names:
         sys.exit(f"no case begins with {', '.join(given.names)}")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(given.processes) as pool:
         folder = str(given.keep or scratch)
-        with ProcessPoolExecutor(given.processes) as pool:
-            futures = {n: pool.submit(run_one, n, folder, given.setting) for n in names}
-            trials = {}
+        trials: dict[str, list[Trial]] = {}
+        broken: list[str] = []
+        repairs: list[Repair] = []
+        settings: list[Setting] = ["close", "default"] if given.write else [given.setting]
+        for setting in settings if given.write or not given.repair else []:
+            futures = {n: pool.submit(tried, n, f"{folder}/{setting}", setting) for n in names}
             for name, future in futures.items():
-                trials[name] = future.result()
-                print(line(name, trials[name]), flush=True)
+                trial = future.result()
+                print(line(name, trial), flush=True)
+                if isinstance(trial, str):
+                    broken.append(f"{name} ({setting}): {trial}")
+                    continue
+                trials.setdefault(setting, []).append(trial)
+                if trial.error and setting == "close":
+                    broken.append(f"{name}: {trial.error}")
+        if given.write or given.repair:
+            mending = {n: pool.submit(mended, n, folder) for n in names if cases[n].repairable}
+            for name, repaired in mending.items():
+                done = repaired.result()
+                if isinstance(done, str):
+                    done = Repair(name, "", end=done)
+                repairs.append(done)
+                print(
+                    f"{name:44} {done.cause:24} {done.rounds} {done.overrides} {done.end}",
+                    flush=True,
+                )
+    for setting, group in trials.items():
+        print(f"\n{setting}")
+        for what, figure in summary(group).items():
+            print(f"  {what:40} {figure}")
+    print(*(f"  {one}" for one in broken), sep="\n")
+    if repairs:
+        print(f"  mended {sum(one.mended for one in repairs)} of {len(repairs)}")
+    if given.write:
+        RESULTS.write_text(results(trials, repairs, broken))
+        print(f"written: {RESULTS}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from lightning_diag import (
     CollapseStop,
     GradientHealth,
     HardwareMonitor,
+    HealthAlerts,
     LatentStats,
     RunLogger,
     UpdateRatio,
@@ -77,9 +78,8 @@ def diagnostics(setting: Setting, components: Mapping[str, str] | None) -> list[
     if setting == "default":
         chosen = suite("full", components)
         # a run that is broken off shows nothing of what comes after
-        return [one for one in chosen if type(one) is not CollapseStop] + [
-            CollapseStop(action="warn")
-        ]
+        chosen = [one for one in chosen if not isinstance(one, CollapseStop | HealthAlerts)]
+        return [*chosen, CollapseStop(action="warn")]
     parts: dict[str, Any] = {"components": components, "on_error": "raise"}
     return [
         GradientHealth(every_n_steps=5, **parts),

@@ -1,0 +1,53 @@
+"""A fixed part of what `make faults` trains, and whether the frame around the cases stands."""
+
+import pytest
+
+from lightning_diag.rules import RULES
+from tests.faults.case import CASES, all_cases
+from tests.faults.trial import attempt
+
+FAULTY = ("sgd_rate_ten_times_too_large",)
+HEALTHY = ("mlp_adam",)
+
+all_cases()
+
+
+def test_there_are_enough_cases_of_both_kinds():
+    faulty = [one for one in CASES.values() if not one.healthy]
+    healthy = [one for one in CASES.values() if one.healthy]
+    assert len(faulty) >= 60
+    assert len(healthy) >= 60
+    assert sum(bool(one.tricky) for one in healthy) >= 40
+
+
+def test_cases_name_rules_that_exist():
+    named = {rule for one in CASES.values() for rule in (*one.found, *one.cause)}
+    assert named <= set(RULES)
+
+
+def test_every_rule_is_the_cause_of_a_case():
+    # several processes, or a device: they have tests of their own
+    elsewhere = {"replica_drift", "gpu_underused"}
+    causes = {rule for one in CASES.values() for rule in one.cause}
+    assert set(RULES) - causes - elsewhere == set()
+
+
+def test_both_halves_hold_a_fair_share():
+    for healthy in (True, False):
+        group = [one for one in CASES.values() if one.healthy == healthy]
+        assert 0.35 < sum(one.held_out for one in group) / len(group) < 0.65
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_planted_fault_is_found_with_its_cause(name, tmp_path):
+    trial = attempt(CASES[name], tmp_path / "run")
+    assert not trial.error
+    assert trial.found
+    assert trial.right_cause, [one.rule for one in trial.accusations]
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_is_left_alone(name, tmp_path):
+    trial = attempt(CASES[name], tmp_path / "run")
+    assert not trial.error
+    assert trial.accusations == []
