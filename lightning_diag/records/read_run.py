@@ -10,7 +10,7 @@ from lightning_diag.records.run_info import read_info
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["Run", "read_run"]
+__all__ = ["Run", "read_config", "read_run"]
 
 
 def read_run(path: str | Path) -> "Run":
@@ -86,7 +86,7 @@ class Run:
             ValueError: It is not a YAML mapping.
         """
         if self._config is None:
-            self._config = _read_config(self.path / "config.yaml")
+            self._config = read_config(self.path / "config.yaml")
         return self._config
 
     @property
@@ -126,7 +126,12 @@ class Run:
         return f"Run({str(self.path)!r}, prefixes={self.prefixes})"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.yaml as a mapping; empty where it is missing.
+
+    Raises:
+        ValueError: It is not a YAML mapping.
+    """
     import yaml
 
     try:

@@ -29,8 +29,8 @@ def blank_attempt(session: str) -> dict[str, Any]:
     Returns:
         ``first_step`` is the step that came first; with ``supersedes``, rows of earlier attempts
         from that step on are replaced, but for those before the bytes in ``resumed_at``.
-        ``began_at`` are the bytes in each record file when the attempt began. Times are in Unix
-        seconds.
+        ``began_at`` are the bytes in each record file when the attempt began; ``process`` is who
+        writes, so that a reader can see whether it still lives. Times are in Unix seconds.
     """
     return {
         "attempt": None,
@@ -43,6 +43,7 @@ def blank_attempt(session: str) -> dict[str, Any]:
         "resumed_at": None,
         "began_at": {},
         "session": session,
+        "process": {"host": platform.node(), "pid": os.getpid()},
     }
 
 

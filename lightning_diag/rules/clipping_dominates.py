@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import loosen_clip
@@ -42,6 +43,7 @@ class ClippingDominates:
     family="gradients",
     needs="grad",
     thresholds=ClippingDominates,
+    explains=STANDSTILL,
     reference="Pascanu et al. 2013, section 3.2: the threshold belongs near the usual norm.",
     remedy=loosen_clip,
 )

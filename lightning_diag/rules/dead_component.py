@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.traces import (
@@ -36,7 +37,7 @@ class DeadComponent:
     family="gradients",
     needs="grad",
     thresholds=DeadComponent,
-    explains=("gradient_imbalance", "vanishing_gradient"),
+    explains=("gradient_imbalance", "vanishing_gradient", *STANDSTILL),
     reference="SageMaker Debugger's AllZero; Lu et al. 2019, Dying ReLU and initialization.",
 )
 def dead_component(grad: "pl.DataFrame", thresholds: DeadComponent) -> list[Finding]:

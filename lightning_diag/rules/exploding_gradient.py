@@ -61,7 +61,10 @@ class _Rise(NamedTuple):
     family="gradients",
     needs="grad",
     thresholds=ExplodingGradient,
-    explains=("nonfinite_gradient", "clipping_dominates", "gradient_imbalance"),
+    explains=(
+        *("nonfinite_gradient", "nonfinite_loss", "clipping_dominates", "gradient_imbalance"),
+        *("update_too_large", "divergence", "loss_spike", "loss_oscillation", "dead_relu"),
+    ),
     reference="Pascanu et al. 2013, On the difficulty of training recurrent neural networks; "
     "bands of the reference systems: 100, and 10 for large.",
     remedy=calm_steps,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import boost_component
@@ -56,7 +57,7 @@ class VanishingGradient:
     family="gradients",
     needs="grad",
     thresholds=VanishingGradient,
-    explains=("gradient_imbalance",),
+    explains=("gradient_imbalance", *STANDSTILL),
     reference="Glorot and Bengio 2010, section 4; bands of the reference systems: mean norm 1e-5, "
     "smallest tensor norm 1e-7.",
     remedy=boost_component,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.wiring_rows import Fault, checked
@@ -25,7 +26,7 @@ class NonfiniteData:
     family="wiring",
     needs="wiring",
     thresholds=NonfiniteData,
-    explains=("nonfinite_gradient",),
+    explains=("nonfinite_gradient", "nonfinite_loss", "dead_component"),
     reference="IEEE 754: what meets NaN becomes NaN.",
 )
 def nonfinite_data(wiring: "pl.DataFrame", thresholds: NonfiniteData) -> list[Finding]:
@@ -73,7 +74,7 @@ class InputScale:
     family="wiring",
     needs="wiring",
     thresholds=InputScale,
-    explains=("exploding_gradient", "clipping_dominates", "nonfinite_gradient"),
+    explains=(*TURMOIL, *STANDSTILL, "dead_relu", "saturated_activation", "gradient_imbalance"),
     reference="LeCun et al. 1998, Efficient BackProp, section 4.3: mean 0, equal variances.",
 )
 def input_scale(wiring: "pl.DataFrame", thresholds: InputScale) -> list[Finding]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.wiring_rows import Fault, faults
@@ -37,7 +38,7 @@ class DetachedGraph:
     family="wiring",
     needs="wiring",
     thresholds=DetachedGraph,
-    explains=("dead_component", "vanishing_gradient", "gradient_imbalance"),
+    explains=("dead_component", "vanishing_gradient", "gradient_imbalance", *STANDSTILL),
     reference="torch.autograd: only what stands in the graph of the loss gets a gradient.",
 )
 def detached_graph(wiring: "pl.DataFrame", thresholds: DetachedGraph) -> list[Finding]:
@@ -112,7 +113,7 @@ class MissingZeroGrad:
     family="wiring",
     needs="wiring",
     thresholds=MissingZeroGrad,
-    explains=("exploding_gradient", "clipping_dominates"),
+    explains=TURMOIL,
     reference="torch.optim.Optimizer.zero_grad: backward adds to what is there.",
 )
 def missing_zero_grad(wiring: "pl.DataFrame", thresholds: MissingZeroGrad) -> list[Finding]:
@@ -146,6 +147,7 @@ class EvalModeInTraining:
     family="wiring",
     needs="wiring",
     thresholds=EvalModeInTraining,
+    explains=("overfitting",),
     reference="Lightning 2.2 and later keep the modes that modules have when `fit` begins.",
 )
 def eval_mode_in_training(wiring: "pl.DataFrame", thresholds: EvalModeInTraining) -> list[Finding]:

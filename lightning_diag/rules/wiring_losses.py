@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.wiring_rows import Fault, checked, faults
@@ -35,7 +36,7 @@ class DoubleSoftmax:
     family="wiring",
     needs="wiring",
     thresholds=DoubleSoftmax,
-    explains=("vanishing_gradient",),
+    explains=("vanishing_gradient", *STANDSTILL),
     reference="torch.nn.CrossEntropyLoss and BCEWithLogitsLoss take logits.",
 )
 def double_softmax(wiring: "pl.DataFrame", thresholds: DoubleSoftmax) -> list[Finding]:
@@ -78,6 +79,7 @@ class LossTargetMismatch:
     family="wiring",
     needs="wiring",
     thresholds=LossTargetMismatch,
+    explains=(*STANDSTILL, *TURMOIL),
     reference="torch.nn.functional: shapes broadcast without an error in mse_loss and its like.",
 )
 def loss_target_mismatch(wiring: "pl.DataFrame", thresholds: LossTargetMismatch) -> list[Finding]:
@@ -169,7 +171,7 @@ class WrongReduction:
     family="wiring",
     needs="wiring",
     thresholds=WrongReduction,
-    explains=("exploding_gradient", "clipping_dominates"),
+    explains=TURMOIL,
     reference="Goyal et al. 2017, Accurate, Large Minibatch SGD, section 3: mean over the batch.",
 )
 def wrong_reduction(wiring: "pl.DataFrame", thresholds: WrongReduction) -> list[Finding]:

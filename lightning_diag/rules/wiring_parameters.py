@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.wiring_rows import Fault, faults
@@ -36,6 +37,7 @@ class UnoptimizedParameter:
     family="wiring",
     needs="wiring",
     thresholds=UnoptimizedParameter,
+    explains=STANDSTILL,
     reference="torch.optim: an optimizer moves the parameters of its groups, and no others.",
 )
 def unoptimized_parameter(
@@ -128,6 +130,7 @@ class FrozenWeights:
     family="wiring",
     needs="wiring",
     thresholds=FrozenWeights,
+    explains=STANDSTILL,
     reference="A step must move what it has a gradient for; Micikevicius et al. 2018, section 3.1.",
 )
 def frozen_weights(wiring: "pl.DataFrame", thresholds: FrozenWeights) -> list[Finding]:
@@ -170,7 +173,7 @@ class UnusedParameter:
     family="wiring",
     needs="wiring",
     thresholds=UnusedParameter,
-    explains=("dead_component", "vanishing_gradient", "gradient_imbalance"),
+    explains=("dead_component", "vanishing_gradient", "gradient_imbalance", *STANDSTILL),
     reference="DistributedDataParallel's find_unused_parameters.",
 )
 def unused_parameter(wiring: "pl.DataFrame", thresholds: UnusedParameter) -> list[Finding]:

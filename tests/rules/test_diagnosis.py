@@ -17,7 +17,8 @@ CONFIG = {
     "component_lrs": None,
 }
 SGD = {**CONFIG, "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1}}
-YAML = Path(__file__).parents[2] / "conf" / "rules" / "gradients.yaml"
+FOLDER = Path(__file__).parents[2] / "conf" / "rules"
+FAMILIES = sorted({one.family for one in RULES.values()})
 
 
 def exploding(**more):
@@ -37,22 +38,29 @@ def first(run, id="exploding_gradient"):
     return next(one for one in diagnose(run) if one.rule == id)
 
 
-def test_yaml_repeats_the_python_defaults():
-    written = yaml.safe_load(YAML.read_text())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_yaml_repeats_the_python_defaults(family):
+    written = yaml.safe_load((FOLDER / f"{family}.yaml").read_text())
     python = {
-        id: dataclasses.asdict(one.thresholds)
-        for id, one in RULES.items()
-        if one.family == "gradients"
+        id: dataclasses.asdict(one.thresholds) for id, one in RULES.items() if one.family == family
     }
     assert written == python
-    assert all(
-        isinstance(value, (int, float)) for one in written.values() for value in one.values()
-    )
+    values = [value for one in written.values() for value in one.values()]
+    assert all(isinstance(value, (int, float)) for value in values)
 
 
-def test_every_yaml_threshold_has_a_comment():
-    lines = [line for line in YAML.read_text().splitlines() if line.startswith("  ")]
-    assert all("#" in line for line in lines)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_yaml_threshold_has_a_comment(family):
+    text = (FOLDER / f"{family}.yaml").read_text()
+    assert all("#" in line for line in text.splitlines() if line.startswith("  "))
+
+
+def test_every_yaml_is_the_file_of_a_family():
+    assert {file.stem for file in FOLDER.glob("*.yaml")} == set(FAMILIES)
+
+
+def test_every_rule_says_where_its_thresholds_come_from():
+    assert all(one.reference for one in RULES.values())
 
 
 def test_the_six_rules_of_the_family_are_there():
@@ -65,7 +73,7 @@ def test_the_six_rules_of_the_family_are_there():
         "clipping_dominates",
     }
     for one in RULES.values():
-        assert set(one.explains) <= set(RULES)
+        assert set(one.explains) | set(one.explains_later) <= set(RULES)
 
 
 def test_causes_form_no_circle():
