@@ -17,7 +17,7 @@ from lightning_diag.callbacks.clock import Clock, Read
 from lightning_diag.callbacks.forward import Inside, Passing, Watch, watch_training_step
 from lightning_diag.callbacks.optimizers import optimizer_index
 from lightning_diag.callbacks.pace import Interval, Pace, check_interval
-from lightning_diag.callbacks.run import add_run_logger, run_logger
+from lightning_diag.callbacks.run import add_run_logger, planned_steps, run_logger
 from lightning_diag.components import Assignment, Components, Patterns
 from lightning_diag.lightning import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_diag.records import RunLogger
@@ -377,7 +377,10 @@ class Diagnostic(Callback):
             automatic = pl_module.automatic_optimization
             run.begin(
                 step=trainer.global_step if automatic else trainer.fit_loop.total_batch_idx + 1,
-                info={"world_size": trainer.world_size},
+                info={
+                    "world_size": trainer.world_size,
+                    "planned_steps": planned_steps(trainer, automatic=automatic),
+                },
                 positions=self._resumed.get("positions") if same else None,
             )
         for message in self.parts(trainer).notes:

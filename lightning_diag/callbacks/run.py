@@ -1,11 +1,12 @@
 """Where the diagnostics of a Trainer write: its RunLogger, or one that is added to it."""
 
+from math import isfinite
 from pathlib import Path
 
 from lightning_diag.lightning import Trainer, rank_zero_info
 from lightning_diag.records import RunLogger
 
-__all__ = ["add_run_logger", "run_logger"]
+__all__ = ["add_run_logger", "planned_steps", "run_logger"]
 
 _FOLDER = "diagnostics"
 
@@ -13,6 +14,23 @@ _FOLDER = "diagnostics"
 def run_logger(trainer: Trainer) -> RunLogger | None:
     """The run that `trainer` records, if it records one."""
     return next((logger for logger in trainer.loggers if isinstance(logger, RunLogger)), None)
+
+
+def planned_steps(trainer: Trainer, *, automatic: bool) -> int | None:
+    """How many steps the run will have made if nothing stops it; None where nobody knows.
+
+    Args:
+        trainer: A trainer that is about to train.
+        automatic: Whether optimization is; else the steps are batches.
+    """
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if automatic:
+        steps = float(trainer.estimated_stepping_batches)
+    elif epochs is None or epochs < 0:
+        steps = float(trainer.max_steps)
+    else:
+        steps = float(epochs * batches)
+    return int(steps) if isfinite(steps) and steps > 0 else None
 
 
 def add_run_logger(trainer: Trainer, resumed: str | None) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_diag.records.lineage import attempts_of, current_rows
 from lightning_diag.records.read_records import parse_records
-from lightning_diag.records.read_run import read_config
+from lightning_diag.records.read_run import Run, read_config
 from lightning_diag.records.run_info import read_info
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class _File:
     rows: "pl.DataFrame | None" = None
 
 
-class FollowedRun:
+class FollowedRun(Run):
     """A run folder that others write into, which reads as `Run` does.
 
     A file is never read twice: `update` takes the whole lines that were added, at most some
@@ -58,13 +58,11 @@ class FollowedRun:
     def __init__(self, path: str | Path, most_rows: int = _MOST_ROWS) -> None:
         if most_rows < 100:
             raise ValueError(f"`most_rows` must be at least 100, got {most_rows}.")
-        self.path = Path(path)
+        super().__init__(path)
         self.most_rows = most_rows
-        self.info: dict[str, Any] = {}
-        self.config: dict[str, Any] = {}
         self.behind = False
+        self._info, self._config = {}, {}
         self._files: dict[str, _File] = {}
-        self._frames: dict[str, pl.DataFrame] = {}
         self._attempts: object = None
         self._config_changed: float | None = None
 
@@ -88,7 +86,7 @@ class FollowedRun:
 
         `behind` tells whether there is more to read already.
         """
-        self.info = read_info(self.path) or {}
+        self._info = read_info(self.path) or {}
         self._read_config()
         attempts = [
             (one["attempt"], one.get("first_step")) for one in self.info.get("attempts", [])
@@ -125,13 +123,13 @@ class FollowedRun:
         try:
             changed = file.stat().st_mtime
         except OSError:
-            self.config, self._config_changed = {}, None
+            self._config, self._config_changed = {}, None
             return
         if changed != self._config_changed:
             try:
-                self.config, self._config_changed = read_config(file), changed
+                self._config, self._config_changed = read_config(file), changed
             except ValueError:
-                self.config = {}
+                self._config = {}
 
     def _take(self, name: str, path: Path) -> bool:
         """Read on in one file; whether there was anything."""

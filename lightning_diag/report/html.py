@@ -20,7 +20,7 @@ from lightning_diag.rules.finding import Finding
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
 
-__all__ = ["html_page"]
+__all__ = ["html_page", "vega_bundle"]
 
 _FIRST = 3  # findings on the first screen
 _NOTES = 200
@@ -69,7 +69,7 @@ def html_page(
         facts=_facts(run.info),
         config=json.dumps(json_safe(run.config), indent=2, ensure_ascii=False),
         has_config=bool(run.config),
-        bundle=_bundle(),
+        bundle=vega_bundle(),
         light=_script_json(_without_width(chart_config())),
         dark=_script_json(_without_width(chart_config(dark=True))),
         style=STYLE,
@@ -132,7 +132,8 @@ def _figure(name: str, spec: Mapping[str, Any], picture: bytes) -> dict[str, str
 
 
 @cache
-def _bundle() -> str:
+def vega_bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, without a network."""
     import altair as alt
     import vl_convert
 

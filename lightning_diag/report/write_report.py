@@ -23,7 +23,7 @@ from lightning_diag.report.sections import sections
 from lightning_diag.report.verdict import Verdict, judge
 from lightning_diag.rules import Finding, diagnose
 
-__all__ = ["Report", "recommendations", "write_report"]
+__all__ = ["Report", "chart_png", "recommendations", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def write_report(path: str | Path | Run, thresholds: Mapping[str, Any] | None = 
         "gradient_flow": _spec(gradient_flow(run, findings)),
         "training": _spec(training(run)),
     }
-    pictures = {name: _png(spec) for name, spec in charts.items()}
+    pictures = {name: chart_png(spec) for name, spec in charts.items()}
     others = [_drawn(section, charts, pictures) for section in sections(run)]
     parts = (run, verdict, findings, components, costs, others)
     texts = {"gradient_norms.csv": norms_csv(grad)}
@@ -110,7 +110,7 @@ def _drawn(
     for name, chart in section.charts.items():
         try:
             spec = _spec(chart)
-            pictures[name] = _png(spec)
+            pictures[name] = chart_png(spec)
         except Exception as error:
             lines.append(f"The chart {name} could not be drawn: {type(error).__name__}.")
             continue
@@ -143,7 +143,8 @@ def _spec(chart: Chart) -> dict[str, Any]:
     return spec
 
 
-def _png(spec: Mapping[str, Any]) -> bytes:
+def chart_png(spec: Mapping[str, Any]) -> bytes:
+    """A Vega-Lite specification as a PNG picture, twice as dense as it is large."""
     import altair as alt
     import vl_convert
 

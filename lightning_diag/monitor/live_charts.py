@@ -1,0 +1,62 @@
+"""The charts of the live page: those of the report, and which record files each is drawn from."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_diag.report.charts import gradient_flow, training
+from lightning_diag.rules.finding import Finding
+
+if TYPE_CHECKING:
+    from lightning_diag.records.followed_run import FollowedRun
+
+__all__ = ["CHARTS", "Draw", "chart_spec"]
+
+Draw = Callable[["FollowedRun", Sequence[Finding]], Any]
+"""From a run and its findings to an Altair chart; None where there is nothing to draw."""
+
+
+def _of_section(section: str, chart: str) -> Draw:
+    """One chart of a section of the report."""
+
+    def draw(run: "FollowedRun", findings: Sequence[Finding]) -> Any:  # noqa: ANN401
+        home = importlib.import_module(f"lightning_diag.report.sections.{section}")
+        made = getattr(home, f"{section}_section")(run)
+        return None if made is None else made.charts.get(chart)
+
+    return draw
+
+
+CHARTS: Mapping[str, tuple[tuple[str, ...], Draw]] = {
+    "training": (("metrics", "loss"), lambda run, _: training(run)),
+    "gradient_flow": (("grad",), gradient_flow),
+    "update_ratio": (("update",), _of_section("updates", "update_ratio")),
+    "attention_entropy": (
+        ("attention", "attention_head"),
+        _of_section("attention", "attention_entropy"),
+    ),
+    "activations": (("activation",), _of_section("activations", "activations")),
+    "latents": (("latent",), _of_section("latents", "latents")),
+    "blob_history": (("blob",), _of_section("blobs", "blob_history")),
+    "blobs": (("blob", "blob_sample"), _of_section("blobs", "blobs")),
+    "hardware": (("hardware",), _of_section("hardware", "hardware")),
+}
+"""Name of a chart to the record files it shows, and what draws it; in the order of the page."""
+
+
+def chart_spec(
+    draw: Draw, run: "FollowedRun", findings: Sequence[Finding]
+) -> dict[str, Any] | None:
+    """A chart as a Vega-Lite specification; None where there is nothing to draw.
+
+    Args:
+        draw: What draws it.
+        run: The run.
+        findings: What was found in it.
+    """
+    chart = draw(run, findings)
+    if chart is None:
+        return None
+    # validating every point against the schema takes longer than drawing it
+    spec: dict[str, Any] = chart.to_dict(validate=False)
+    return spec

@@ -1,0 +1,201 @@
+"""One run as the page shows it: its state, its numbers, its findings and its charts."""
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_diag.monitor.live_charts import CHARTS, chart_spec
+from lightning_diag.records.followed_run import FollowedRun
+from lightning_diag.rules import SEVERITIES, Finding, diagnose
+from lightning_diag.rules.loss_series import Losses, training_losses, validation_losses
+
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["ENDED", "RunState", "Summary", "WatchedRun"]
+
+RunState = Literal[
+    "waiting", "running", "silent", "ended", "failed", "interrupted", "killed", "gone"
+]
+
+ENDED: frozenset[RunState] = frozenset({"ended", "failed", "interrupted", "killed", "gone"})
+"""States in which nothing more is to be expected."""
+
+_ENDINGS: Mapping[str, RunState] = {"failed": "failed", "interrupted": "interrupted"}
+_SILENT_AFTER = 120.0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is to be said of a run in a line; numbers that nobody knows are None.
+
+    Args:
+        name: Of the run: its folder.
+        state: ``"waiting"`` (has not begun), ``"running"``, ``"silent"`` (has not written for
+            minutes), ``"ended"``, ``"failed"``, ``"interrupted"``, ``"killed"`` (its process is
+            gone without a word) or ``"gone"`` (its folder was deleted).
+        reason: Why it stopped, in words.
+        step: Last step of which anything was written.
+        planned_steps: Steps it will have made.
+        progress: Share of them, 0 to 1.
+        elapsed_seconds: Since the last attempt began.
+        remaining_seconds: At the pace so far.
+        loss: Mean training loss of the last window.
+        best_val_loss: The smallest.
+        learning_rate: The largest of all groups.
+        samples_per_second: Of all ranks, or batches where samples are not known.
+        counts: Findings by severity.
+        behind: Whether older rows are still being read.
+    """
+
+    name: str
+    state: RunState
+    reason: str = ""
+    step: int | None = None
+    planned_steps: int | None = None
+    progress: float | None = None
+    elapsed_seconds: float | None = None
+    remaining_seconds: float | None = None
+    loss: float | None = None
+    best_val_loss: float | None = None
+    learning_rate: float | None = None
+    samples_per_second: float | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    behind: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain values."""
+        return asdict(self)
+
+
+class WatchedRun:
+    """A run that is looked at again and again; each look reads only what is new.
+
+    Args:
+        path: The run folder, which need not exist yet.
+        clock: Gives the time in Unix seconds.
+    """
+
+    def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
+        self.path = Path(path)
+        self.findings: list[Finding] = []
+        self.versions: dict[str, int] = {}
+        self._clock = clock
+        self._run = FollowedRun(self.path)
+        self._specs: dict[str, tuple[int, dict[str, Any] | None]] = {}
+        self._looks = 0
+        self._was_there = False
+
+    def look(self) -> bool:
+        """Read what is new; whether anything was."""
+        changed = self._run.update()
+        self._was_there |= self._run.exists
+        if changed:
+            self._looks += 1
+            for name, (prefixes, _) in CHARTS.items():
+                if changed & set(prefixes):
+                    self.versions[name] = self._looks
+            self.findings = diagnose(self._run) if self._run.prefixes else []
+        return bool(changed)
+
+    def chart(self, name: str) -> dict[str, Any] | None:
+        """The Vega-Lite specification of a chart, drawn anew where its rows changed.
+
+        Raises:
+            KeyError: There is no chart of this name.
+        """
+        _, draw = CHARTS[name]
+        version = self.versions.get(name, 0)
+        known = self._specs.get(name)
+        if known is None or known[0] != version:
+            spec = chart_spec(draw, self._run, self.findings) if version else None
+            known = self._specs[name] = (version, spec)
+        return known[1]
+
+    def losses(self) -> tuple[Losses | None, tuple[list[int], list[float], str] | None]:
+        """The training loss and the validation loss, see `training_losses`, `validation_losses`."""
+        metrics = self._run.frame("metrics")
+        return training_losses(self._run.frame("loss"), metrics), validation_losses(metrics)
+
+    def summary(self) -> Summary:
+        """The run in a line."""
+        run = self._run
+        losses, checked = self.losses()
+        step, planned = self._step(), run.info.get("planned_steps")
+        done = None if step is None else step + 1
+        started, last = self._times()
+        state = self._state(last)
+        progress = min(1.0, done / planned) if done and planned else None
+        elapsed = None if started is None or last is None else max(0.0, last - started)
+        remaining = None
+        if state == "running" and progress and elapsed:
+            remaining = elapsed * (1 - progress) / progress
+        reason = run.info.get("stop_reason")
+        words = reason.get("message") if isinstance(reason, Mapping) else reason
+        return Summary(
+            name=self.path.resolve().name,
+            state=state,
+            reason=str(words or ""),
+            step=step,
+            planned_steps=planned,
+            progress=progress,
+            elapsed_seconds=elapsed,
+            remaining_seconds=remaining,
+            loss=_last(losses.means) if losses else None,
+            best_val_loss=min((x for x in checked[1] if x == x), default=None) if checked else None,
+            learning_rate=_last(losses.rates) if losses else None,
+            samples_per_second=self._speed(),
+            counts={one: sum(f.severity == one for f in self.findings) for one in SEVERITIES},
+            behind=run.behind,
+        )
+
+    # ---- what is known of it ----
+
+    def _state(self, last: float | None) -> RunState:
+        if not self._run.exists:
+            return "gone" if self._was_there else "waiting"
+        status = self._run.info.get("status")
+        if status == "running":
+            process = self._attempt().get("process")
+            if isinstance(process, Mapping) and process.get("host") == platform.node():
+                return "running" if _lives(process.get("pid")) else "killed"
+            quiet = last is not None and self._clock() - last > _SILENT_AFTER
+            return "silent" if quiet else "running"
+        return _ENDINGS.get(str(status), "ended") if status else "waiting"
+
+    def _attempt(self) -> Mapping[str, Any]:
+        attempts = self._run.info.get("attempts") or [{}]
+        latest: Mapping[str, Any] = attempts[-1]
+        return latest
+
+    def _step(self) -> int | None:
+        steps = [self._run.frame(one)["step"].max() for one in self._run.prefixes]
+        return max((int(one) for one in steps if isinstance(one, int)), default=None)
+
+    def _times(self) -> tuple[float | None, float | None]:
+        """When the attempt began, and when something was last written."""
+        times = [self._run.frame(one)["time"].max() for one in self._run.prefixes]
+        last = max((float(one) for one in times if isinstance(one, float)), default=None)
+        started = self._attempt().get("started")
+        return (float(started) if isinstance(started, (int, float)) else None), last
+
+    def _speed(self) -> float | None:
+        frame = self._run.frame("hardware")
+        for name in ("samples_per_second", "batches_per_second"):
+            if name in frame.columns:
+                return _last(frame[name].tail(5).to_list())
+        return None
+
+
+def _last(values: "list[float] | pl.Series") -> float | None:
+    known = [one for one in values if one is not None and one == one]
+    return float(known[-1]) if known else None
+
+
+def _lives(pid: object) -> bool:
+    import psutil
+
+    return isinstance(pid, int) and bool(psutil.pid_exists(pid))
