@@ -11,6 +11,7 @@ from lightning_diag.rules.finding import Finding
 
 if TYPE_CHECKING:
     import altair as alt
+    import polars as pl
 
     from lightning_diag.records.read_run import Run
 
@@ -187,7 +188,8 @@ def training(run: "Run", *, width: int = 820, height: int = 240) -> Chart:
     """Loss curves, and the learning rate below them.
 
     The losses are the logged metrics with ``loss`` in their name, the learning rates those that
-    begin with ``lr``. Each is drawn with at most 5000 points.
+    begin with ``lr``; where the module logs no loss, what `CollapseStop` saw of it. Each is drawn
+    with at most 5000 points.
 
     Args:
         run: What `read_run` returned.
@@ -197,6 +199,8 @@ def training(run: "Run", *, width: int = 820, height: int = 240) -> Chart:
     import altair as alt
 
     data = training_data(run.frame("metrics"))
+    if not data.losses:
+        data = training_data(_watched(run.frame("loss"), run.frame("metrics")))
     title = "Loss and learning rate"
     if not data.losses and not data.rates:
         return _nothing(title, "No loss and no learning rate were logged.", width, height // 2)
@@ -218,6 +222,16 @@ def training(run: "Run", *, width: int = 820, height: int = 240) -> Chart:
     ).configure(**chart_config())
 
 
+def _watched(loss: "pl.DataFrame", metrics: "pl.DataFrame") -> "pl.DataFrame":
+    """What was logged, with the loss that CollapseStop wrote beside it."""
+    import polars as pl
+
+    if "loss" not in loss.columns or "lr" not in loss.columns:
+        return metrics
+    columns = loss.select("step", "loss", "lr")
+    return pl.concat([metrics, columns], how="diagonal_relaxed").sort("step")
+
+
 def _panel(label: str, curves: list[Curve], steps: list[int]) -> Chart:
     import altair as alt
 
@@ -230,8 +244,9 @@ def _panel(label: str, curves: list[Curve], steps: list[int]) -> Chart:
     tips: list[Any] = ["metric:N", "step:Q", alt.Tooltip("value:Q", format=".4~g")]
     base = _chart(label).encode(x=x, y=y, tooltip=tips)
     layers: list[Chart] = [base.mark_line().encode(detail="segment:N", **style)]
-    dotted = base.mark_point(size=30, filled=True).transform_filter("datum.few")
-    layers.append(dotted.encode(color=style["color"]))
+    if any(row["few"] for curve in curves for row in curve.points):
+        dotted = base.mark_point(size=30, filled=True).transform_filter("datum.few")
+        layers.append(dotted.encode(color=style["color"]))
     lost = [row for curve in curves for row in curve.lost]
     if lost:
         marks = _chart(lost).mark_point(shape="cross", size=45, filled=True, color=WARNING, y=0)

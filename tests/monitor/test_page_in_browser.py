@@ -1,0 +1,234 @@
+"""The live page in a real browser: drawn, moving, quiet, and safe from what runs are called."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+
+from lightning_diag.monitor import TrainingMonitor
+from tests.monitor.conftest import BROWSER, Folder
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path"),
+]
+
+HOSTILE = (
+    '<img src=x onerror="document.title=`broken in`"><script>document.title="broken in"</script>'
+)
+WAIT = 60_000  # ms; machines are shared
+
+
+@pytest.fixture
+def serve():
+    """Serves a folder in a thread, and gives the page's address."""
+
+    def start(path, interval=0.3):
+        address, known = [], threading.Event()
+
+        def announce(url):
+            address.append(url)
+            known.set()
+
+        # ends with the process that tests
+        arguments = {"interval": interval, "announce": announce}
+        threading.Thread(target=TrainingMonitor(path).live, kwargs=arguments, daemon=True).start()
+        assert known.wait(60)
+        return address[0]
+
+    return start
+
+
+@pytest.fixture
+def browse():
+    """Opens pages, and sees to it that nothing is said on the console."""
+    from playwright.sync_api import sync_playwright
+
+    said = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+
+        def open_page(url, **options):
+            page = browser.new_page(**options)
+            page.set_default_timeout(WAIT)
+            page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+            page.on("pageerror", lambda error: said.append(f"error: {error}"))
+            page.on("request", lambda request: said.extend(_elsewhere(request.url, url)))
+            page.goto(url)
+            return page
+
+        yield open_page
+        browser.close()
+    assert said == []
+
+
+def _elsewhere(asked, home):
+    return [] if asked.startswith((home, "data:", "blob:")) else [f"asked for {asked}"]
+
+
+def drawn(page, *names):
+    for name in names:
+        page.wait_for_selector(f"#chart-{name} svg")
+
+
+def test_charts_and_numbers_of_a_run_are_shown(folder, serve, browse):
+    folder.begin().train(9, 100)
+    page = browse(serve(folder.path))
+    drawn(page, "training", "gradient_flow")
+    assert page.title() == "Training: run"
+    assert page.inner_text("#headline") == "Training: nothing wrong so far"
+    numbers = page.inner_text("#numbers")
+    assert "99 of 100" in numbers
+    assert "0.1" in numbers
+    axes = page.inner_html("#chart-gradient_flow")
+    assert "optimizer step" in axes
+    assert "l2 norm of the gradient" in axes
+    assert page.get_attribute("#bar", "aria-valuenow") == "100"
+
+
+def test_the_page_keeps_up_with_what_is_written(folder, serve, browse):
+    page = browse(serve(folder.path))
+    page.wait_for_function("document.querySelector('#headline').textContent === 'Waiting'")
+    folder.begin().train(9, 30)
+    page.wait_for_function("document.querySelector('#numbers').innerText.includes('29 of 100')")
+    drawn(page, "gradient_flow")
+    before = page.inner_html("#chart-gradient_flow")
+    folder.train(39, 80)
+    page.wait_for_function("document.querySelector('#numbers').innerText.includes('79 of 100')")
+    page.wait_for_function(
+        "before => document.querySelector('#chart-gradient_flow').innerHTML !== before", arg=before
+    )
+    shutil.rmtree(folder.path)
+    page.wait_for_function("document.querySelector('#headline').textContent.startsWith('Gone')")
+
+
+def test_a_finding_appears_with_severity_step_and_what_to_try(folder, serve, browse):
+    folder.begin().train(9, 100)
+    page = browse(serve(folder.path))
+    page.wait_for_selector("#findings p")
+    assert page.inner_text("#findings") == "None above a note."
+    for step in range(109, 200, 10):
+        row = {"step": step, "time": 1000.0 + step, "count": 100, "tensors": 2, "missing": 0}
+        silent = {"component": "head", "l2": None, "count": 0, "tensors": 0, "missing": 2}
+        folder.write("grad", row | {"component": "encoder", "l2": 0.5}, row | silent)
+    page.wait_for_selector("#findings .critical")
+    card = page.inner_text("#findings .critical")
+    assert "Dead component" in card
+    assert "since step 109" in card
+    assert "Try:" in card
+    assert page.get_attribute("#findings", "aria-live") == "polite"
+    page.wait_for_function("document.title.startsWith('Training')")
+    assert "critical" in page.inner_text("#headline")
+
+
+def test_names_are_text_and_never_markup(tmp_path, serve, browse):
+    folder = Folder(tmp_path / HOSTILE.replace("/", "_"))
+    long = "x" * 10_000
+    folder.begin(stop_reason=HOSTILE).train(9, 100, names=(HOSTILE, long, "../../etc/passwd"))
+    page = browse(serve(folder.path), viewport={"width": 900, "height": 800})
+    drawn(page, "gradient_flow")
+    assert "broken in" not in page.title().partition(": ")[0]
+    assert page.title().startswith("Training: <img")
+    assert page.locator("#head img, #findings img, #charts img").count() == 0
+    wide = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    assert wide <= 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+def test_it_fits_every_window_and_ground(folder, serve, browse, scheme, width):
+    folder.begin().train(9, 100)
+    options = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+    page = browse(serve(folder.path), **options)
+    drawn(page, "training", "gradient_flow")
+    assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in ground[4:-1].split(","))
+    assert (brightness > 600) == (scheme == "light")
+    box = page.locator("#chart-gradient_flow svg").bounding_box()
+    assert box["x"] + box["width"] <= width
+
+
+def test_a_sweep_is_shown_side_by_side_and_by_keyboard(folders, serve, browse):
+    for number in range(3):
+        folders(str(number)).begin().train(9, 50 + 10 * number)
+    page = browse(serve(folders("0").path.parent))
+    drawn(page, "of-all", "training")
+    assert page.locator("#runs tr").count() == 3
+    buttons = page.locator("#runs button")
+    assert [buttons.nth(n).inner_text() for n in range(3)] == ["0", "1", "2"]
+    assert "49 of 100" in page.inner_text("#numbers")
+    buttons.nth(0).focus()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.querySelector('#numbers').innerText.includes('59 of 100')")
+    # what was chosen keeps the focus when the table is written anew
+    page.wait_for_timeout(1000)
+    assert page.evaluate("document.activeElement.innerText") == "1"
+    assert buttons.nth(1).get_attribute("aria-pressed") == "true"
+
+
+def test_everything_has_a_name_for_those_who_listen(folder, serve, browse):
+    folder.begin().train(9, 100)
+    page = browse(serve(folder.path))
+    drawn(page, "training", "gradient_flow")
+    for chart in page.locator("[role=img]").all():
+        assert len(chart.get_attribute("aria-label")) > 20
+    for section in page.locator("section").all():
+        assert page.locator(f"#{section.get_attribute('aria-labelledby')}").count() == 1
+    assert page.locator("h1").count() == 1
+    assert page.get_attribute("html", "lang") == "en"
+
+
+TRAINING = """
+    import sys, time
+    import torch
+    from torch import nn
+    from lightning_diag import RunLogger, suite
+    from lightning_diag.lightning import LightningModule, Trainer
+
+    class Model(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.Linear(4, 16), nn.Linear(16, 1)
+
+        def training_step(self, batch, _):
+            time.sleep(0.02)
+            loss = (self.head(self.encoder(batch[0]).tanh()) - batch[0][:, :1]).square().mean()
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.05)
+
+    data = torch.utils.data.TensorDataset(torch.randn(64, 4))
+    loader = torch.utils.data.DataLoader(data, batch_size=8)
+    trainer = Trainer(
+        accelerator="cpu", max_steps=100_000, max_epochs=-1, logger=RunLogger(sys.argv[1]),
+        callbacks=suite("cheap"), log_every_n_steps=5, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )
+    trainer.fit(Model(), loader)
+"""
+
+
+def test_numbers_move_while_a_real_training_runs_until_it_is_killed(tmp_path, serve, browse):
+    page = browse(serve(tmp_path / "run"))
+    script = tmp_path / "training.py"
+    script.write_text(textwrap.dedent(TRAINING))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    training = subprocess.Popen([sys.executable, script, tmp_path / "run"], env=environment)
+    step = "Number(document.querySelector('dd')?.innerText.split(' ')[0].replaceAll(',', ''))"
+    try:
+        page.wait_for_function(f"{step} > 10")
+        first = page.evaluate(step)
+        page.wait_for_function(f"{step} > {first} + 20")
+        drawn(page, "training", "hardware")
+    finally:
+        training.kill()
+        training.wait()
+    page.wait_for_function("document.querySelector('#headline').textContent.startsWith('Killed')")
