@@ -1,13 +1,13 @@
 """A sick run mended by what its findings say: overrides applied, trained again."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_diag import read_run
-from lightning_diag.rules import Finding, diagnose
-from tests.faults.case import Case, Config, merged
+from lightning_diag.rules import diagnose
+from lightning_diag.rules.repair import changed_config, changes
+from tests.faults.case import Case
 from tests.faults.trial import train
 
 _ROUNDS = 3
@@ -37,30 +37,10 @@ class Repair:
         return self.end == "healthy"
 
 
-def chosen_overrides(findings: Sequence[Finding]) -> dict[str, Any]:
-    """What to change, the first finding first; consequences are left out where their cause acts."""
-    acting = {one.rule for one in findings if one.overrides}
-    changes: dict[str, Any] = {}
-    for one in findings:
-        if one.rank > 0 and one.caused_by not in acting:
-            changes = {**one.overrides, **changes}
-    return changes
-
-
-def applied(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A configuration with dotted keys set."""
-    result = config
-    for key, value in overrides.items():
-        nested: Any = value
-        for part in reversed(key.split(".")):
-            nested = {part: nested}
-        result = merged(result, nested)
-    return result
-
-
 def repair(case: Case, folder: Path) -> Repair:
     """Train, diagnose, apply, train again, until it is healthy or nothing is left to apply."""
-    config, changed, cause = case.config, {}, "nothing was found"
+    config, cause = case.config, "nothing was found"
+    changed: dict[str, Any] = {}
     for number in range(_ROUNDS + 1):
         place = folder / f"round_{number}"
         witness = train(case, config, place)
@@ -74,10 +54,10 @@ def repair(case: Case, folder: Path) -> Repair:
             except AssertionError as wrong:
                 end = f"silent, but {wrong}"
             return Repair(case.name, cause, changed, number, end)
-        overrides = chosen_overrides(findings)
-        if not overrides or number == _ROUNDS:
+        made = changes(findings, config)
+        if not made or number == _ROUNDS:
             said = ", ".join(one.rule for one in findings)
             return Repair(case.name, cause, changed, number, f"still {said}")
-        config = applied(config, overrides)
-        changed = {**changed, **overrides}
+        config = changed_config(config, made)
+        changed |= {one.key: one.value for one in made}
     raise AssertionError("unreachable")
