@@ -1,0 +1,329 @@
+"""Each update rule finds its planted fault: the right rule, severity, component and first step."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import lr_scheduler as schedulers
+
+from lightning_diag.rules import diagnose
+from tests.rules.planted import MadeUpRun
+
+
+def windows(losses, *, rates=1e-3, norms=1.0, width=10):
+    """Rows as CollapseStop writes them, from the loss and the rate of every step."""
+    losses = np.asarray(losses, dtype=float)
+    rates = np.broadcast_to(np.asarray(rates, dtype=float), losses.shape)
+    rows = []
+    for first in range(0, len(losses) - width + 1, width):
+        part, rate = losses[first : first + width], rates[first : first + width]
+        finite = part[np.isfinite(part)]
+        some = len(finite) > 0
+        known = np.isfinite(rate).all()
+        rows.append(
+            {
+                "step": first + width - 1,
+                "component": None,
+                "first_step": first,
+                "steps": width,
+                "loss": float(finite.mean()) if some else None,
+                "loss_std": float(finite.std()) if some else None,
+                "loss_min": float(finite.min()) if some else None,
+                "loss_max": float(finite.max()) if some else None,
+                "nonfinite": int(width - len(finite)),
+                "gradient_norm": float(norms),
+                "lr": float(rate[-1]) if known else None,
+                "lr_nonfinite": int(not known),
+                "lr_min": float(rate.min()) if known else None,
+                "lr_max": float(rate.max()) if known else None,
+            }
+        )
+    return rows
+
+
+def updates(ratios, *, every=5, rates=1e-3, counts=None, **more):
+    """Rows as UpdateRatio writes them, from ``{component: ratio per measured row}``."""
+    rows = []
+    for index in range(len(next(iter(ratios.values())))):
+        step = every * (index + 1) - 1
+        for name, series in ratios.items():
+            row = {
+                "step": step,
+                "component": name,
+                "count": (counts or {}).get(name, 5000),
+                "update_l2": 10.0 * series[index],
+                "weight_l2": 10.0,
+                "weight_rms": 0.1,
+                "ratio": series[index],
+                "unchanged_share": 0.0,
+                "nonfinite": 0,
+                "lr": float(rates if np.isscalar(rates) else rates[step]),
+            }
+            rows.append({**row, **{key: value[index] for key, value in more.items()}})
+        rows.append({"step": step, "component": None, "count": 10_000, "skipped": 0})
+    return rows
+
+
+def start(loss, norm=1.0):
+    """The row that CollapseStop writes at the first step."""
+    return [{"step": 0, "component": None, "event": 0, "loss": loss, "gradient_norm": norm}]
+
+
+def falling(steps=200, first=1.4, last=0.1, speed=40.0, noise=0.05, seed=0):
+    rng = np.random.default_rng(seed)
+    curve = last + (first - last) * np.exp(-np.arange(steps) / speed)
+    return curve * np.exp(rng.normal(0, noise, steps))
+
+
+def scheduled(make, steps=200, lr=0.1):
+    """The rates that a scheduler of PyTorch gives, stepped every step."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return np.array(rates)
+
+
+def alarms(run):
+    return {one.rule for one in diagnose(run, on_error="raise") if one.rank > 0}
+
+
+def only(run, rule):
+    found = [one for one in diagnose(run, on_error="raise") if one.rule == rule and one.rank > 0]
+    assert len(found) == 1, found
+    return found[0]
+
+
+# ---- learning_rate_too_high ----
+
+
+def jumping(steps=200, peak=100.0, after=3.0, first=1.4):
+    rng = np.random.default_rng(1)
+    curve = after + (peak - after) * np.exp(-np.arange(steps) / 15)
+    curve = curve * np.exp(rng.normal(0, 0.1, steps))
+    curve[0] = first
+    return curve
+
+
+def test_loss_that_jumps_at_once_under_large_steps():
+    ratios = {"body": [0.1] * 40, "head": [0.2] * 40}
+    run = MadeUpRun(
+        {
+            "loss": windows(jumping(), rates=0.3),
+            "update": updates(ratios, rates=0.3),
+            "collapse": start(1.4),
+        }
+    )
+    finding = only(run, "learning_rate_too_high")
+    assert (finding.first_step, finding.severity) == (0, "critical")
+    assert finding.observed == pytest.approx(jumping()[:20].max() / 1.4)
+    assert finding.evidence.file == "records/loss.jsonl"
+    assert "0.3" in finding.message
+    assert "jumped" in finding.message
+    first = diagnose(run)[0]
+    assert first.rule == "learning_rate_too_high"
+
+
+def test_same_jump_under_ordinary_steps_is_not_the_rates_doing():
+    ratios = {"body": [1e-3] * 40, "head": [2e-3] * 40}
+    rows = {"loss": windows(jumping()), "update": updates(ratios), "collapse": start(1.4)}
+    assert "learning_rate_too_high" not in alarms(MadeUpRun(rows))
+
+
+def test_huge_gradient_before_the_first_step_is_not_the_rates_doing():
+    ratios = {"body": [0.1] * 40, "head": [0.2] * 40}
+    rows = {"loss": windows(jumping()), "update": updates(ratios), "collapse": start(1.4, 5e3)}
+    assert "learning_rate_too_high" not in alarms(MadeUpRun(rows))
+
+
+def test_loss_that_is_lost_within_the_first_window():
+    losses = np.full(200, np.nan)
+    losses[:8] = 1.4 * 10.0 ** np.arange(8)
+    ratios = {"body": [0.5, math.nan] * 5}
+    run = MadeUpRun(
+        {
+            "loss": windows(losses, rates=3.0),
+            "update": updates(ratios, rates=3.0),
+            "collapse": start(1.4),
+        }
+    )
+    finding = only(run, "learning_rate_too_high")
+    assert (finding.first_step, finding.severity) == (0, "critical")
+    assert "not finite" in finding.message
+
+
+def test_loss_that_stays_up_under_large_steps():
+    rng = np.random.default_rng(2)
+    losses = 2.77 * np.exp(rng.normal(0, 0.01, 200))
+    ratios = {"body": [0.12] * 6 + [0.02] * 34, "head": [0.1] * 6 + [0.03] * 34}
+    rows = {"loss": windows(losses, rates=0.1), "update": updates(ratios), "collapse": start(2.8)}
+    finding = only(MadeUpRun(rows), "learning_rate_too_high")
+    assert "has not come down" in finding.message
+
+
+def test_rate_that_is_raised_in_mid_run():
+    losses = np.concatenate([falling(120), 1.5 * falling(80, 1.0, 1.0)])
+    rates = np.where(np.arange(200) < 120, 3e-3, 0.3)
+    ratios = {"body": [3e-3] * 24 + [0.3] * 16}
+    rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
+    finding = only(MadeUpRun(rows), "learning_rate_too_high")
+    assert finding.first_step == 120
+    assert "raised from 0.003 to 0.3" in finding.message
+
+
+def test_loss_that_leaves_later_under_steps_that_were_large():
+    losses = np.concatenate([falling(100), falling(100, 0.3, 1.5, 20)])
+    ratios = {"body": [0.05] * 40, "head": [0.04] * 40}
+    rows = {"loss": windows(losses), "update": updates(ratios)}
+    finding = only(MadeUpRun(rows), "learning_rate_too_high")
+    assert finding.first_step == 100
+
+
+def test_loss_that_leaves_later_at_ordinary_steps_is_not_the_rates_doing():
+    losses = np.concatenate([falling(100), falling(100, 0.3, 1.5, 20)])
+    ratios = {"body": [2e-3] * 20 + [0.5] * 20}
+    rows = {"loss": windows(losses), "update": updates(ratios)}
+    assert "learning_rate_too_high" not in alarms(MadeUpRun(rows))
+
+
+# ---- learning_rate_too_low ----
+
+
+def test_rate_with_which_nothing_moves():
+    rng = np.random.default_rng(3)
+    losses = 2.3 * np.exp(rng.normal(0, 0.02, 200))
+    ratios = {"body": [2e-6] * 40, "head": [6e-6] * 40}
+    rows = {"loss": windows(losses, rates=1e-6), "update": updates(ratios, rates=1e-6)}
+    finding = only(MadeUpRun(rows), "learning_rate_too_low")
+    assert (finding.first_step, finding.severity) == (0, "warning")
+    assert finding.observed == pytest.approx(4e-6)
+    assert "1e-06" in finding.message
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [np.linspace(1e-8, 1e-6, 200), 1e-6 * 0.97 ** np.arange(200)],
+    ids=["warming up", "decaying"],
+)
+def test_rate_that_is_not_at_its_height_is_not_too_low(rates):
+    losses = falling(200, 1.4, 1.4)
+    ratios = {"body": [2e-6] * 40, "head": [6e-6] * 40}
+    rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
+    assert "learning_rate_too_low" not in alarms(MadeUpRun(rows))
+
+
+# ---- update_too_large, update_too_small ----
+
+
+def test_component_that_is_overwritten_step_by_step():
+    ratios = {"body": [2e-3] * 40, "neck": [2e-3] * 40, "head": [2e-3] * 20 + [0.4] * 20}
+    rows = {"update": updates(ratios), "loss": windows(falling(200, 1.0, 1.0))}
+    finding = only(MadeUpRun(rows), "update_too_large")
+    assert (finding.component, finding.severity) == ("head", "warning")
+    assert finding.first_step == 104
+    assert finding.observed == pytest.approx(0.4)
+
+
+def test_steps_larger_than_the_weights_are_critical_and_named_once():
+    ratios = {"body": [2.0] * 40, "head": [3.0] * 40}
+    rows = {"update": updates(ratios), "loss": windows(falling(200, 1.0, 1.0))}
+    finding = only(MadeUpRun(rows), "update_too_large")
+    assert (finding.component, finding.severity) == (None, "critical")
+
+
+def test_component_that_does_not_move():
+    ratios = {"body": [2e-3] * 40, "neck": [2e-3] * 40, "head": [1e-8] * 40}
+    rows = {"update": updates(ratios), "loss": windows(falling(200, 1.0, 1.0))}
+    finding = only(MadeUpRun(rows), "update_too_small")
+    assert finding.component == "head"
+    assert finding.observed == pytest.approx(1e-8)
+
+
+def test_updates_that_are_rounded_away():
+    rows = updates({"body": [1e-3] * 40}, unchanged_share=[0.97] * 40)
+    grad = [{"step": 4 + 5 * i, "component": "body", "l2": 0.1, "zeros": 0.0} for i in range(40)]
+    run = {"update": rows, "grad": grad, "loss": windows(falling(200, 1.0, 1.0))}
+    finding = only(MadeUpRun(run), "update_too_small")
+    assert finding.observed == pytest.approx(0.97)
+    assert "rounded" in finding.message
+
+
+# ---- scheduler_misuse ----
+
+SPENT = {
+    "exponential": lambda o: schedulers.ExponentialLR(o, 0.9),
+    "steps": lambda o: schedulers.StepLR(o, 10),
+    "linear": lambda o: schedulers.LinearLR(o, 1.0, 0.0, 60),
+    "polynomial": lambda o: schedulers.PolynomialLR(o, 80, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", SPENT)
+def test_rate_that_is_spent_early(name):
+    rows = {"loss": windows(falling(), rates=scheduled(SPENT[name]))}
+    finding = only(MadeUpRun(rows), "scheduler_misuse")
+    assert (finding.first_step, finding.severity) == (0, "warning")
+    assert "spent early" in finding.message
+    assert "interval" in finding.suggestion
+
+
+@pytest.mark.parametrize("half", [5, 10, 15, 20, 33, 60])
+def test_cosine_that_goes_on_past_its_end(half):
+    rates = scheduled(lambda o: schedulers.CosineAnnealingLR(o, half))
+    finding = only(MadeUpRun({"loss": windows(falling(), rates=rates)}), "scheduler_misuse")
+    assert finding.first_step == 0
+    assert "T_max" in finding.message
+    assert finding.observed >= (200 // half) // 2 - 1
+
+
+def test_rate_of_zero_all_the_time():
+    rows = {"loss": windows(falling(200, 1.0, 1.0), rates=0.0)}
+    finding = only(MadeUpRun(rows), "scheduler_misuse")
+    assert (finding.first_step, finding.severity) == (0, "critical")
+
+
+def test_rate_of_zero_for_the_first_epoch():
+    rates = np.repeat([0.0, 0.5, 1.0, 1.0, 1.0], 40)
+    finding = only(MadeUpRun({"loss": windows(falling(), rates=rates)}), "scheduler_misuse")
+    assert (finding.severity, finding.last_step, finding.observed) == ("warning", 39, 40.0)
+
+
+def test_rate_that_rises_without_end():
+    rates = scheduled(lambda o: schedulers.ExponentialLR(o, 1.05), lr=1e-3)
+    finding = only(MadeUpRun({"loss": windows(falling(), rates=rates)}), "scheduler_misuse")
+    assert (finding.first_step, finding.severity) == (0, "critical")
+    assert finding.observed == pytest.approx(1.05**199)
+
+
+@pytest.mark.parametrize("bad", [-1e-4, math.nan], ids=["negative", "not a number"])
+def test_rate_that_is_none(bad):
+    rates = np.where(np.arange(200) < 150, 1e-3, bad)
+    finding = only(MadeUpRun({"loss": windows(falling(), rates=rates)}), "scheduler_misuse")
+    assert (finding.first_step, finding.severity) == (150, "critical")
+
+
+def test_warm_up_that_does_not_end():
+    rates = np.linspace(0, 1e-5, 200)
+    ratios = {"body": 1e-5 * np.arange(40) / 40, "head": 2e-5 * np.arange(40) / 40}
+    losses = falling(200, 1.0, 1.0)
+    rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
+    finding = only(MadeUpRun(rows), "scheduler_misuse")
+    assert "warm-up does not end" in finding.message
+
+
+def test_rate_is_read_from_a_monitors_rows_too():
+    rates = scheduled(SPENT["exponential"])
+    rows = [{"step": i, "lr-SGD": float(rate)} for i, rate in enumerate(rates)]
+    finding = only(MadeUpRun({"metrics": rows}), "scheduler_misuse")
+    assert finding.evidence.file == "records/metrics.jsonl"
+
+
+def test_cause_comes_first():
+    rates = scheduled(SPENT["exponential"], lr=1e-3)
+    ratios = {"body": 1e-2 * rates[4::5] / 1e-3}
+    losses = falling(200, 1.0, 1.0)
+    rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
+    assert diagnose(MadeUpRun(rows))[0].rule == "scheduler_misuse"
