@@ -16,8 +16,11 @@ import typer
 from lightning_diag.commands import lr_cache
 from lightning_diag.commands.aggregate import aggregate
 from lightning_diag.commands.clip_value import clip_value
+from lightning_diag.commands.compare import compare
 from lightning_diag.commands.errors import UsageError, plain_errors
 from lightning_diag.commands.jobs import claim, command, own_process_group, telling
+from lightning_diag.commands.monitor import monitor
+from lightning_diag.commands.thresholds import check_thresholds
 from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, takes, unknown_arguments
 
 if TYPE_CHECKING:
@@ -38,10 +41,23 @@ app = typer.Typer(
 app.add_typer(lr_cache.app, name="lr-cache")
 app.command()(aggregate)
 app.command("clip-value")(clip_value)
+app.command()(compare)
+app.command()(monitor)
+Apply = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.yaml", help="Write the run's experiment, with what to change in it."
+    ),
+]
+Thresholds = Annotated[
+    list[str] | None,
+    typer.Option(metavar="RULE.THRESHOLD=NUMBER", help="In place of a default; may be repeated."),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an error arose.")]
 
 _HYDRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _SWEEP = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+_FILES: dict[str, str] = {}  # overrides as Hydra knows them, to those that name a file
 
 
 def main() -> None:
@@ -85,22 +101,25 @@ def batch_size(context: typer.Context, debug: Debug = False) -> None:
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
+    apply: Apply = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --apply replace a file.")] = False,
+    threshold: Thresholds = None,
     no_fail: Annotated[bool, typer.Option("--no-fail", help="Exit with 0 in any case.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write RUN/analysis/ and print the findings.
 
+    `--apply FILE.yaml` writes the experiment of the run with the overrides of its findings in it,
+    for `lightning-diag train experiment=FILE.yaml`. What one finding explains of another is not
+    treated as well. Where no override applies nothing is written; the exit status is the same.
+
     Exits with 0 on a healthy run, 3 on warnings, 4 on critical findings, 2 on wrong usage.
     """
     with plain_errors(debug):
-        _check_run(run)
-        from rich.console import Console
+        from lightning_diag.commands.report import report
 
-        from lightning_diag.report import print_summary, write_report
-
-        written = write_report(run)
-        print_summary(written, Console())
-    raise typer.Exit(0 if no_fail else written.exit_code)
+        status = report(run, threshold or [], apply, force, _compose_unresolved, _groups)
+    raise typer.Exit(0 if no_fail else status)
 
 
 @app.command()
@@ -110,17 +129,6 @@ def version() -> None:
         typer.echo(f"{package} {metadata.version(package)}")
 
 
-def _check_run(run: Path) -> None:
-    if not run.is_dir():
-        near = nearest(run.name, (path.name for path in run.parent.glob("*/")))
-        hint = f"; did you mean `{run.parent / near}`?" if near else "."
-        raise UsageError(f"There is no folder `{run}`{hint}")
-    if not (run / "run.json").exists() and not (run / "records").is_dir():
-        inside = sorted(run.glob("**/run.json"), key=lambda path: path.stat().st_mtime)
-        hint = f" The newest run in it is `{inside[-1].parent}`." if inside else ""
-        raise UsageError(f"A run holds run.json or records/, `{run}` holds neither.{hint}")
-
-
 def _hydra(arguments: list[str]) -> None:
     """Hand the arguments to Hydra, which calls `_fit` once, or once for each job of a sweep."""
     import hydra
@@ -128,6 +136,7 @@ def _hydra(arguments: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     options, overrides, folder = _split(arguments, "train")
+    overrides = _with_experiment_files(overrides, folder)
     sweep = bool(_SWEEP & {*options, *overrides})
     if sweep:
         _check_sweep(overrides)
@@ -173,6 +182,28 @@ def _split(arguments: list[str], command: str) -> tuple[list[str], list[str], st
     return options, parsed.overrides, parsed.config_dir
 
 
+def _with_experiment_files(overrides: list[str], folder: str | None) -> list[str]:
+    """Overrides in which an experiment that is a file, as of `report --apply`, has a name."""
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import OmegaConf
+
+    known = []
+    for override in overrides:
+        key, _, file = override.partition("=")
+        if key != "experiment" or not file.endswith(".yaml"):
+            known.append(override)
+            continue
+        if not Path(file).is_file():
+            raise UsageError(f"`experiment` names a file that is not there, got `{file}`.")
+        name = re.sub(r"[^\w.-]", "_", Path(file).stem)
+        name += "_file" * (name in _groups(folder).get("experiment", ()))
+        node = OmegaConf.load(file)
+        ConfigStore.instance().store(name, node, group="experiment", package="_global_")
+        known.append(f"experiment={name}")
+        _FILES[known[-1]] = f"experiment={Path(file).absolute()}"
+    return known
+
+
 def _resumed(overrides: list[str]) -> list[str]:
     """A checkpoint of a run is resumed in the folder of that run, unless told otherwise."""
     given = dict(override.partition("=")[::2] for override in overrides)
@@ -189,7 +220,8 @@ def _fit(config: "DictConfig") -> float | None:
     plain, hydra = _completed(config), HydraConfig.get()
     sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     own = not sweep or hydra.runtime.choices["hydra/launcher"] == "basic"
-    arguments = ["train", *hydra.overrides.task, *_search_path(hydra)]
+    given = [_FILES.get(override, override) for override in hydra.overrides.task]
+    arguments = ["train", *given, *_search_path(hydra)]
     with telling(plain["run_dir"]) if sweep else nullcontext():
         _check(plain)
         # Lightning starts its other processes with this command: this job alone, in this folder
@@ -245,6 +277,7 @@ def _completed(config: "DictConfig") -> dict[str, Any]:
 
 
 def _check(plain: Mapping[str, Any]) -> None:
+    check_thresholds(plain)
     wrong = list(unknown_arguments(plain))
     checkpoint = plain["ckpt_path"]
     if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
@@ -310,7 +343,8 @@ def _composed(overrides: list[str], folder: str | None) -> "DictConfig":
 
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
-    path = [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
+    path = _searched(folder)
+    overrides = _with_experiment_files(overrides, folder)
     try:
         with initialize_config_module("lightning_diag.conf", version_base="1.3"):
             config = compose("train", [*overrides, *path])
@@ -318,6 +352,25 @@ def _composed(overrides: list[str], folder: str | None) -> "DictConfig":
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, overrides, folder)) from error
     return config
+
+
+def _compose_unresolved(overrides: list[str], folder: str | None) -> dict[str, Any]:
+    """What overrides compose, with its interpolations as they are written."""
+    from hydra import compose, initialize_config_module
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_module("lightning_diag.conf", version_base="1.3"):
+            config = compose("train", [*overrides, *_searched(folder)])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_explain(error, overrides, folder)) from error
+    return cast("dict[str, Any]", OmegaConf.to_container(config))
+
+
+def _searched(folder: str | None) -> list[str]:
+    return [f"hydra.searchpath=['file://{Path(folder).absolute()}']"] if folder else []
 
 
 def _build(node: Mapping[str, Any], path: str, **objects: object) -> Any:  # noqa: ANN401
@@ -371,6 +424,7 @@ def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
     except OverrideParseException as unread:
         return f"`{unread.override}` cannot be read as an override: {unread.message}"
     groups = _groups(folder)
+    groups.setdefault("experiment", []).extend(one.partition("=")[2] for one in _FILES)
     chosen = {override.key_or_group: _names(override.value()) for override in parsed}
     keys = [key for key in chosen if key not in groups and not key.startswith("hydra")]
     chosen = {key: names for key, names in chosen.items() if key in groups}
@@ -419,8 +473,7 @@ def _tree(chosen: Mapping[str, list[str]], folder: str | None) -> dict[str, obje
         for key, names in chosen.items()
         if names
     ]
-    if folder:
-        overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
+    overrides += _searched(folder)
     try:
         with initialize_config_module("lightning_diag.conf", version_base="1.3"):
             config = compose("train", overrides)

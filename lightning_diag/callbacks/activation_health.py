@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_diag.callbacks.activation_health_forward import activation_calls
+from lightning_diag.callbacks.activation_health_forward import Fate, activation_calls
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
 from lightning_diag.callbacks.transforms import PASSED_BY
@@ -42,6 +42,7 @@ class _Forward:
     functions: dict[str, str] = field(default_factory=dict)
     activities: dict[str, Activity] = field(default_factory=dict)
     merged: dict[str, int] = field(default_factory=dict)
+    fates: dict[str, list[Fate]] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     remarks: list[str] = field(default_factory=list)
 
@@ -99,6 +100,9 @@ class ActivationHealth(Diagnostic):
           `window` measurements; null before there are so many.
         - ``saturated_share``: share of elements that are saturated; ``saturated_units``: share of
           units that are so for the whole batch.
+        - ``last``: 1 if no layer that learns ran after it, so that it is an output; and
+          ``last_of_part``: none of the same component. ``gate``: 1 if a sigmoid's output was
+          multiplied with another tensor; null for other functions, and where that is not seen.
 
         What a function cannot be (a tanh is never dead) is null. The row of all together has
         ``modules``, ``count``, ``units``, ``nonfinite``, ``zero_share``, ``dead_now``,
@@ -215,7 +219,7 @@ class ActivationHealth(Diagnostic):
         if began is not None:
             self._times.append((began, self.device_began(device)))
 
-    def _take(self, name: str, function: str, found: Activity) -> None:
+    def _take(self, name: str, function: str, found: Activity, fate: Fate) -> None:
         forward = self._forward
         if forward is None:
             return
@@ -234,6 +238,7 @@ class ActivationHealth(Diagnostic):
         forward.activities[key] = found
         forward.functions[key] = function
         forward.merged[key] = forward.merged.get(key, 0) + 1
+        forward.fates.setdefault(key, []).append(fate)
 
     def _chosen(self, name: str) -> bool:
         return self._globs is None or any(matches(name, glob) for glob in self._globs)
@@ -296,7 +301,8 @@ class ActivationHealth(Diagnostic):
             row = _row(dict(zip(COLUMNS, values, strict=True)), forward.functions[name], known)
             part = _owner(name.partition("#")[0], owners)
             calls = {"calls": forward.merged[name]}
-            rows.append({"component": name, "part": part, **calls, **row})
+            place = _place(forward.fates[name], part, owners)
+            rows.append({"component": name, "part": part, **calls, **row, **place})
         self.report(forward.trainer, [*rows, _whole(rows)], step=forward.step)
 
     def _owners(self, trainer: Trainer) -> dict[str, str]:
@@ -333,6 +339,18 @@ def _row(values: dict[str, float], function: str, known: bool) -> Row:
     return row | {
         "saturated_share": values["saturated"] / count if saturates else None,
         "saturated_units": values["saturated_units"] / units if saturates else None,
+    }
+
+
+def _place(fates: Sequence[Fate], part: str | None, owners: dict[str, str]) -> Row:
+    """Whether the output leaves the model, or its part, and whether it opens and shuts others."""
+    followers = {name for fate in fates for name in fate.followers}
+    own = any(_owner(name, owners) == part for name in followers)
+    gates = [fate.gate for fate in fates if fate.gate is not None]
+    return {
+        "last": int(not followers),
+        "last_of_part": int(not own),
+        "gate": int(any(gates)) if gates else None,
     }
 
 

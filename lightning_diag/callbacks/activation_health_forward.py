@@ -1,6 +1,7 @@
 """Where activation functions are called in a forward pass, by modules and by plain functions."""
 
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,31 @@ from lightning_diag.functional.activation_health import (
     flatness,
 )
 
-__all__ = ["Sink", "activation_calls"]
+__all__ = ["Fate", "Sink", "activation_calls"]
 
-Sink = Callable[[str, str, Activity], None]
+
+@dataclass(eq=False)
+class Fate:
+    """What becomes of the output of one call.
+
+    Attributes:
+        order: Names of the modules that ran and learn by weights of their own, of the whole
+            forward; it grows as the forward goes on.
+        place: How many of them had run before the call.
+        gate: Whether the output was multiplied with another tensor; None where that is not seen.
+    """
+
+    order: list[str]
+    place: int
+    gate: bool | None = None
+
+    @property
+    def followers(self) -> list[str]:
+        """The modules that ran after the call."""
+        return self.order[self.place :]
+
+
+Sink = Callable[[str, str, Activity, Fate], None]
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 Timed = Callable[[torch.device], AbstractContextManager[None]]
 
@@ -49,6 +72,13 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.Hardtanh: "hardtanh",
     nn.Hardsigmoid: "hardsigmoid",
 }
+_GATES = frozenset({"sigmoid", "hardsigmoid"})
+_PRODUCTS = frozenset(
+    {"mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__", "matmul", "__matmul__", "bmm"}
+)
+_VIEWS = frozenset(
+    {"view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "flatten", "__getitem__"}
+) | frozenset({"transpose", "permute", "unflatten", "to", "type_as", "sub", "__rsub__", "rsub"})
 # classes of others that compute these out of tanh and sigmoid
 _NAMED = ((re.compile(r"gelu", re.IGNORECASE), "gelu"), (re.compile(r"silu|swish", re.I), "silu"))
 _KINDS: dict[type[nn.Module], str | None] = {}
@@ -102,13 +132,15 @@ def activation_calls(
 
     Args:
         scope: The modules, by name.
-        sink: Called with the name of the module, the name of the function, and what it did.
+        sink: Called with the name of the module, the name of the function, what it did, and what
+            becomes of its output (known when the forward has ended).
         saturation: See `activation_bounds`.
         guard: Isolates what is done here from the training.
         timed: Makes a context that times what is done on a device.
         passed_by: Called where a call inside a transform of `torch.func` is not looked at.
     """
-    watch = _Calls(scope, sink, saturation, timed, passed_by)
+    seen = not scope.fast_path and (scope.shadow or not scope.compiled)
+    watch = _Calls(scope, sink, saturation, timed, passed_by, functions_seen=seen)
     entered, left = guard(watch.module_entered), guard(watch.module_left)
     with ExitStack() as stack:
         for module in scope.modules.values():
@@ -117,7 +149,7 @@ def activation_calls(
             pre = module.register_forward_pre_hook(Passing(entered), with_kwargs=True)
             stack.callback(pre.remove)
             stack.callback(module.register_forward_hook(Passing(left), always_call=True).remove)
-        if not scope.fast_path and (scope.shadow or not scope.compiled):
+        if seen:
             stack.enter_context(_Functions(watch, guard))
         yield
 
@@ -141,6 +173,8 @@ class _Calls:
         saturation: float,
         timed: Timed,
         passed_by: Callable[[], None],
+        *,
+        functions_seen: bool,
     ) -> None:
         self._scope = scope
         self._names = {id(module): name or OUTSIDE for name, module in scope.modules.items()}
@@ -150,6 +184,9 @@ class _Calls:
         self._passed_by = passed_by
         self._running: list[_Running] = []
         self._channels_first: bool | None = None
+        self._functions_seen = functions_seen
+        self._order: list[str] = []
+        self._gates: dict[int, tuple[weakref.ref[Tensor], Fate]] = {}
 
     @property
     def place(self) -> str:
@@ -168,6 +205,8 @@ class _Calls:
         running = _Running(self._names.get(id(module), OUTSIDE), function)
         if function is not None and self.function_may_be_seen():
             running.flat = self.before(function, _first(args, kwargs), **ends)
+        elif function is None and self._scope.live and _learns(module):
+            self._order.append(running.place)
         self._running.append(running)
 
     def module_left(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -197,7 +236,32 @@ class _Calls:
         y = _usable(y)
         if flat is not None and y is not None:
             with torch._C.DisableTorchFunction(), self._timed(y.device):
-                self._sink(place, function, activity(y, flat))
+                gate = False if self._functions_seen and function in _GATES else None
+                fate = Fate(self._order, len(self._order), gate)
+                if gate is not None:
+                    self._gates[id(y)] = (weakref.ref(y), fate)
+                self._sink(place, function, activity(y, flat), fate)
+
+    def product_or_view(self, name: str, args: tuple[Any, ...], result: object) -> None:
+        """Follow the outputs that may be gates through one function."""
+        given = [(x, self._fate(x)) for x in args if isinstance(x, Tensor)]
+        fates = [fate for _, fate in given if fate is not None]
+        if not fates:
+            return
+        if name in _PRODUCTS:
+            if any(fate is None and x.numel() > 1 for x, fate in given) or len(fates) > 1:
+                for fate in fates:
+                    fate.gate = True
+        elif isinstance(result, Tensor):
+            self._gates[id(result)] = (weakref.ref(result), fates[0])
+
+    def _fate(self, x: Tensor) -> Fate | None:
+        found = self._gates.get(id(x))
+        return found[1] if found is not None and found[0]() is x else None
+
+    def has_gates(self) -> bool:
+        """Whether there is an output to follow."""
+        return bool(self._gates)
 
     def _unit_dim(self, x: Tensor) -> int:
         first = self._channels_first
@@ -205,6 +269,12 @@ class _Calls:
             # a feature map, where nothing that has run before says otherwise
             first = x.dim() >= 4
         return 1 if first and x.dim() > 2 else -1
+
+
+def _learns(module: nn.Module) -> bool:
+    """Whether the module computes with weights of its own that learn, as a layer does."""
+    own = any(one.requires_grad for one in module.parameters(recurse=False))
+    return own and torch.is_grad_enabled()
 
 
 def _function_of(module: nn.Module) -> str | None:
@@ -246,6 +316,7 @@ class _Functions(TorchFunctionMode):
         self._watch = watch
         self._before = guard(watch.before)
         self._after = guard(watch.after)
+        self._follow = guard(watch.product_or_view)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Dynamo, which may trace this, leaves the rest out
@@ -254,7 +325,11 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         function = _FUNCTIONS.get(func)
         if function is None or not self._watch.function_may_be_seen():
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            name = getattr(func, "__name__", "")
+            if self._watch.has_gates() and (name in _PRODUCTS or name in _VIEWS):
+                self._follow(name, args, result)
+            return result
         place = self._watch.place
         ends = _ends_given(args, kwargs) if function == "hardtanh" else {}
         function = _floored(function, ends) or function

@@ -86,9 +86,10 @@ class AttentionCapture(Diagnostic):
             (mean weight of key 0; null for graphs, whose edges have no order), ``mean`` (one over
             the allowed keys), ``keys`` (mean number of allowed keys), ``rows`` (looked at),
             ``single`` (rows with one allowed key), ``masked`` (rows without one), ``nonfinite``
-            (rows that are no numbers), ``heads``, ``queries``, ``source`` (``sdpa``, ``softmax``
-            of `nn.MultiheadAttention`, ``graph``, ``weights``), ``part``, and the number of heads
-            by verdict: ``heads_peaked``, ``heads_uniform``, ``heads_sink``, ``heads_duplicate``.
+            (rows that are no numbers), ``heads``, ``queries``, ``all_keys`` (masked ones too),
+            ``source`` (``sdpa``, ``softmax`` of `nn.MultiheadAttention`, ``graph``, ``weights``),
+            ``part``, and the number of heads by verdict: ``heads_peaked``, ``heads_uniform``,
+            ``heads_sink``, ``heads_duplicate``.
             The model's row also has ``captured``, the number of modules, 0 if nothing was seen.
         attention_head: One for each module and ``head``: the numbers above; ``verdict`` (``sink``:
             key 0 has more than half of the weight; ``peaked``: largest weight above 0.9 on

@@ -177,6 +177,7 @@ class AttentionRows:
             )
             verdict = _verdict(sums, similarity)
             row |= {"verdict": verdict, "similarity": similarity, "nearest_head": other}
+            row["all_keys"] = module.keys or None
             if module.top is not None and sums["rows"]:
                 row |= self._top_keys(module, module.top, head, module.heads)
             rows.append(row)
@@ -191,6 +192,7 @@ class AttentionRows:
             "source": module.source,
             "heads": module.heads,
             "queries": module.queries or None,
+            "all_keys": module.keys or None,
             **_means(sums),
             **{f"heads_{verdict}": verdicts[verdict] for verdict in _VERDICTS},
         }

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lightning_diag.callbacks.base import Row
 from lightning_diag.functional.collapse_stop import BINS, PREDICTION_FIELDS, STEP_FIELDS
 
-__all__ = ["Judge", "Limits", "Numbers", "Verdict"]
+__all__ = ["HARD", "Judge", "Limits", "Numbers", "Verdict"]
 
 HARD = ("nonfinite_loss", "nonfinite_gradient")
 _MOST_EVENTS = 100

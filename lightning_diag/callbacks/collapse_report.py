@@ -20,6 +20,7 @@ def write_collapse_report(
     total_steps: int,
     settings: Mapping[str, object],
     rollbacks: Sequence[Mapping[str, object]],
+    nonfinite: Sequence[Mapping[str, object]],
     stop_reason: Mapping[str, object] | None,
 ) -> None:
     """Write the report whole; a disk that does not take it costs a warning.
@@ -31,6 +32,7 @@ def write_collapse_report(
         total_steps: Optimizer steps so far.
         settings: Further settings for ``config``.
         rollbacks: What was done about it.
+        nonfinite: Where NaN and infinity came from.
         stop_reason: Why the run was stopped, if it was.
     """
     limits = judge.limits
@@ -59,6 +61,7 @@ def write_collapse_report(
             "events_left_out": judge.total - len(judge.events),
         },
         "rollbacks": list(rollbacks),
+        "nonfinite": list(nonfinite),
         "stop_reason": stop_reason,
     }
     try:

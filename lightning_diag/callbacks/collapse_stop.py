@@ -1,5 +1,6 @@
 """Is this run dead?"""
 
+import warnings
 from math import inf, isnan
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
-from lightning_diag.callbacks.collapse_judge import Judge, Limits, Numbers, Verdict
+from lightning_diag.callbacks.collapse_judge import HARD, Judge, Limits, Numbers, Verdict
 from lightning_diag.callbacks.collapse_progress import Progress, learning_rate
 from lightning_diag.callbacks.collapse_reason import explained, stop_reason
 from lightning_diag.callbacks.collapse_report import write_collapse_report
@@ -19,6 +20,7 @@ from lightning_diag.callbacks.collapse_rollback import (
     nonfinite_entries,
 )
 from lightning_diag.callbacks.collapse_window import Finder, Found, Predictions, Window
+from lightning_diag.callbacks.nonfinite_replay import NonfiniteReplay
 from lightning_diag.callbacks.optimizers import (
     completed_gradients,
     gradient_scaler,
@@ -73,6 +75,15 @@ class CollapseStop(Diagnostic):
     ``message``, and ``delayed_by`` where `min_epochs` or `min_steps` hold the stop off.
     collapse_report.json, in the folder of the run, tells the events.
 
+    The first step whose loss or gradient is not finite is made once more, on a copy of the module
+    and of the batch, and from the same random numbers: the first module and operation that made NaN
+    or infinity are named. On a CPU that happens before the weights take the step. On a CUDA device,
+    where nobody waits to know, they have taken it: then the weights of the last snapshot serve, and
+    without one only a step that the gradient scaler skipped, or that left the weights finite, can
+    be followed. On several devices a rank follows its own step; the first writes it down, the
+    others warn of what they find. What a step does outside of its module, as printing, is done once
+    more; parameters in shards cannot be followed, nor a step that talks to other ranks.
+
     A checkpoint that would hold non-finite weights holds those of the last snapshot instead, and
     says so under ``lightning_diag_collapse``; without a snapshot, or where parameters are sharded,
     a warning tells of it. Checkpoints with weights only (`save_weights_only`) pass unseen.
@@ -101,6 +112,7 @@ class CollapseStop(Diagnostic):
         lr_factor: What a rollback multiplies the learning rates with, those of schedulers too.
         snapshot_every_n_steps: Steps between two snapshots; None makes them every 100 steps for a
             rollback, and never otherwise.
+        find_nonfinite: Whether to find where the first NaN or infinity comes from.
         on_error: ``"warn"`` ends the diagnostic with a warning, ``"raise"`` lets the exception out.
         overhead_budget: Share of training time that ``"auto"`` may spend.
 
@@ -126,6 +138,20 @@ class CollapseStop(Diagnostic):
         ``gradient_norm`` (mean), ``gradient_norm_max``, ``gradient_nonfinite``, ``skipped`` (counts
         of steps), ``lr`` (largest of all groups, at the last step), ``lr_min``, ``lr_max``, and
         ``variance``, ``top_share``, ``predictions`` of the last step, as above.
+
+        ``records/nonfinite.jsonl``, one for the first step that was not finite, and after each
+        rollback: ``kinds`` (as above), ``reason`` (``op``, ``data``, ``parameter``, ``buffer``,
+        ``constant``, ``uninitialised``; or why nothing was found: ``finite`` (it was not when made
+        again), ``weights_lost``, ``not_kept``, ``sharded``, ``collective``, ``unseen``,
+        ``failed``), ``message``, ``module``, ``op`` (``aten.log``), ``call``
+        (``torch.Tensor.log``), ``direction`` (``forward`` or ``backward``), ``node`` (of the
+        backward graph), ``line`` (of the code), ``tensor`` (name of what was not finite before the
+        step), ``input_min``, ``input_max``, ``input_zeros``, ``input_nan``, ``input_inf`` and
+        ``inputs`` (what went in; backward, what went in forward), ``output_nan``, ``output_inf``,
+        ``outputs``, ``then_module``, ``then_op``, ``then_line`` (what made NaN of an infinity),
+        ``seen_in`` (the loss, or which gradient), ``batch_idx``, ``batch``, ``weights`` (``same``,
+        ``later`` or of the ``snapshot``), ``reproduced`` (whether the loss was the same to the last
+        bit).
 
     Logs:
         At these rows, under ``collapse/``: ``event``, ``streak``, ``events_total``,
@@ -166,6 +192,7 @@ class CollapseStop(Diagnostic):
         cooldown_steps: int = 50,
         lr_factor: float = 0.5,
         snapshot_every_n_steps: int | None = None,
+        find_nonfinite: bool = True,
         on_error: OnError = "warn",
         overhead_budget: float = 0.01,
     ) -> None:
@@ -198,6 +225,7 @@ class CollapseStop(Diagnostic):
         if snapshot_every_n_steps is not None:
             _at_least("snapshot_every_n_steps", snapshot_every_n_steps, 1)
         self.snapshot_every_n_steps = snapshot_every_n_steps
+        self.find_nonfinite = find_nonfinite
         self._window: Window | None = None
         self._snapshot: Snapshot | None = None
         self._odd: frozenset[str] = frozenset()
@@ -236,7 +264,14 @@ class CollapseStop(Diagnostic):
     ) -> None:
         self._begun_at = trainer.global_step
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._open(trainer)
+        window = self._open(trainer)
+        if window is not None:
+            self._replay.begin(window.step, batch, batch_idx, pl_module.device)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        self._replay.saw_loss(loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -252,6 +287,8 @@ class CollapseStop(Diagnostic):
             window.rate = learning_rate(trainer.optimizers)
             shared = self._gathers
             window.add_gradients(trainer, optimizer, index, shared=shared, whole=whole)
+            self._replay_odd(trainer, pl_module)
+            self._replay_early(trainer, pl_module, window, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -265,6 +302,7 @@ class CollapseStop(Diagnostic):
                 if not self._gathers:
                     raise
                 window.failure = error
+        self._replay.end(outputs)
         automatic = pl_module.automatic_optimization
         if not automatic or trainer.global_step > self._begun_at:
             self._window = None
@@ -332,6 +370,9 @@ class CollapseStop(Diagnostic):
         self._begun_at = 0
         self._odd = frozenset()
         self._rows: list[tuple[int, Row]] = []
+        self._replay = NonfiniteReplay(armed=self.find_nonfinite)
+        self._replays: list[tuple[int, Row]] = []
+        self._odd_step: tuple[int, str] | None = None
         self._progress = Progress()
         self._latest: Row = {}
         self._loss_rows: list[tuple[int, Row]] = []
@@ -341,6 +382,7 @@ class CollapseStop(Diagnostic):
         if self.stop_reason is None or self._ended:
             # after a stop it is there for a checkpoint that is written at the very end
             self._snapshot = None
+        self._replay.forget()
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -429,6 +471,9 @@ class CollapseStop(Diagnostic):
             self._loss_rows.append((verdict.step, progress))
         if self._verdict is None or not self._verdict.collapsed:
             self._verdict = verdict
+        hard = [kind for kind in verdict.kinds if kind in HARD]
+        if hard and self._odd_step is None:
+            self._odd_step = (verdict.step, ",".join(hard))
         judged, streak = self._judge.judged, verdict.streak
         now_and_then = judged % 100 == 0 or (judged < 100 and judged.bit_count() == 1)
         told = streak <= max(10, self.events_in_a_row) or streak.bit_count() == 1
@@ -454,10 +499,50 @@ class CollapseStop(Diagnostic):
         if self._snapshot_wanted and not acted and self._judge.well:
             self._snapshot_wanted = False
             self._take_snapshot(trainer, pl_module, done)
+        self._replay.forget(but=window.step if window is not None and self._pending else None)
         self._write(trainer)
+
+    def _replay_early(
+        self, trainer: Trainer, pl_module: LightningModule, window: Window, optimizer: Optimizer
+    ) -> None:
+        """Follow a step that is not finite before the weights take it, where that can be known."""
+        if not self._replay.armed:
+            return
+        index = optimizer_index(trainer, optimizer)
+        odd = window.odd_on_host(trainer, optimizer, index, self._replay.losses())
+        if odd is not None:
+            self._replay_step(trainer, pl_module, window.step, odd, after=False)
+
+    def _replay_odd(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the step that was judged to be not finite, when it has been made already."""
+        odd, self._odd_step = self._odd_step, None
+        if odd is not None and self._replay.armed:
+            self._replay_step(trainer, pl_module, *odd, after=True)
+
+    def _replay_step(
+        self, trainer: Trainer, pl_module: LightningModule, step: int, kinds: str, *, after: bool
+    ) -> None:
+        snapshot = None if self._snapshot is None or self._sharded else self._snapshot.weights
+        row = self._replay.find(
+            trainer,
+            pl_module,
+            step,
+            weights=snapshot,
+            after=after,
+            kinds=kinds,
+            sharded=self._sharded,
+        )
+        self._replays.append((step, row))
+        self.report(trainer, [row], step=step, prefix="nonfinite")
+        text = f"step {step} was not finite. {row['message']}"
+        if trainer.global_rank == 0:
+            self.note(trainer, text, "warning")
+        elif row["op"] is not None:
+            warnings.warn(f"CollapseStop on rank {trainer.global_rank}: {text}", stacklevel=2)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Do what a collapse asks for; whether weights were restored."""
+        self._replay_odd(trainer, pl_module)
         verdict, self._verdict = self._verdict, None
         if verdict is None:
             return False
@@ -499,6 +584,7 @@ class CollapseStop(Diagnostic):
                 "lr_factor": self.lr_factor,
             }
         )
+        self._replay = NonfiniteReplay(armed=self.find_nonfinite)
         self._mark(verdict, "rollback", snapshot)
         count = f"rollback {len(self._rollbacks)} of {self.max_rollbacks}"
         done = f"the state after {snapshot} steps is restored"
@@ -579,6 +665,7 @@ class CollapseStop(Diagnostic):
                 "lr_factor": self.lr_factor,
             },
             rollbacks=self._rollbacks,
+            nonfinite=[{"step": step, **row} for step, row in self._replays],
             stop_reason=self.stop_reason,
         )
 

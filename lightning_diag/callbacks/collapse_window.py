@@ -1,7 +1,8 @@
 """What CollapseStop collects over the micro-batches of one step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -141,6 +142,36 @@ class Window:
             divisor = self._scale if unscales_itself(optimizer) else None
             self._squares[index] = gradient_squares(gradients, divisor)
 
+    def odd_on_host(
+        self, trainer: Trainer, optimizer: Optimizer, index: int, losses: Sequence[Tensor]
+    ) -> str | None:
+        """What of a step under way is not finite, if anything is and the weights will take it.
+
+        It is known on a CPU alone, where the numbers lie at hand: a device would have to be waited
+        for.
+
+        Args:
+            trainer: The trainer.
+            optimizer: Whose gradients.
+            index: Its place among the optimizers of the trainer.
+            losses: The losses so far.
+
+        Returns:
+            ``"nonfinite_loss"``, ``"nonfinite_gradient"``, or None.
+        """
+        if trainer.lightning_module.device.type != "cpu":
+            return None
+        found = "nonfinite_loss"
+        if all(loss.device.type != "cpu" or isfinite(loss.item()) for loss in losses):
+            found = "nonfinite_gradient"
+            known = self._squares.get(index)
+            # of gradients that all ranks hold, the first rank alone has counted the squares
+            total = _largest(_gradients(optimizer)) if known is None else known.sum()
+            if total.device.type != "cpu" or isfinite(total.item()):
+                return None
+        # what a scaler skips does the weights no harm: there is time to judge it first
+        return found if self._scale is None or self._scale.item() <= 1 else None
+
     def numbers(self, trainer: Trainer) -> Tensor:
         """All of it in one vector on the device, see `step_numbers`.
 
@@ -200,6 +231,12 @@ def _gradients(optimizer: Optimizer) -> list[Tensor | None]:
     # the optimizer itself allows a parameter to be there twice
     own = own if len(set(map(id, own))) == len(own) else own_parameters(optimizer)
     return [parameter.grad for parameter in own]
+
+
+def _largest(gradients: list[Tensor | None]) -> Tensor:
+    """The largest magnitude, NaN where there is one; of dense gradients."""
+    dense = [x for x in gradients if type(x) is Tensor and x.layout == torch.strided and x.numel()]
+    return torch.nn.utils.get_total_norm(dense, torch.inf)
 
 
 def _loss_divisor(trainer: Trainer) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.hardware_gpu import GpuProbe, peak_flops
-from lightning_diag.callbacks.hardware_sampler import HostProbe, Sampler
+from lightning_diag.callbacks.hardware_sampler import HostProbe, MemoryProbe, Sampler
 from lightning_diag.callbacks.hardware_stopwatch import Stopwatch, Window
 from lightning_diag.functional.batches import batch_size
 from lightning_diag.lightning import LightningModule, Trainer
@@ -54,11 +54,12 @@ class HardwareMonitor(Diagnostic):
         (share of the peak, 0 to 1).
 
         At the last look: ``cpu_percent`` (of all cores), ``process_cpu_percent`` (100: one core),
-        ``memory_percent`` (of the machine), ``process_memory`` (MiB, without worker processes);
-        ``gpu_percent`` (time in which anything ran), ``gpu_memory_used`` (MiB on the device, by
-        all processes; without NVML what PyTorch reserved), ``gpu_memory_percent`` (the same, of
-        the device's memory), ``gpu_temperature`` (degrees Celsius), ``gpu_power`` (W). At the row:
-        ``gpu_memory_allocated``, ``gpu_memory_reserved``, ``gpu_memory_peak`` (MiB, PyTorch's).
+        ``memory_percent`` (of the machine); ``gpu_percent`` (time in which anything ran),
+        ``gpu_memory_used`` (MiB on the device, by all processes; without NVML what PyTorch
+        reserved), ``gpu_memory_percent`` (the same, of the device's memory), ``gpu_temperature``
+        (degrees Celsius), ``gpu_power`` (W). At the row: ``process_memory`` (MiB, without worker
+        processes), ``gpu_memory_allocated``, ``gpu_memory_reserved``, ``gpu_memory_peak`` (MiB,
+        PyTorch's).
 
     Logs:
         Under ``hardware/`` all of these but ``batches``, ``samples`` and ``seconds``.
@@ -98,6 +99,7 @@ class HardwareMonitor(Diagnostic):
         self.flops_per_sample = flops_per_sample
         self.peak_flops = peak_flops
         self._sampler: Sampler | None = None
+        self._memory: MemoryProbe | None = None
         self._gpu: GpuProbe | None = None
         self._peak_flops: float | None = None
         super().__init__(
@@ -147,6 +149,7 @@ class HardwareMonitor(Diagnostic):
         super().release()
         sampler, self._sampler = self._sampler, None
         gpu, self._gpu = self._gpu, None
+        self._memory = None
         if sampler is not None:
             sampler.stop()
         if gpu is not None:
@@ -160,6 +163,7 @@ class HardwareMonitor(Diagnostic):
     # ---- private ----
 
     def _start(self, trainer: Trainer, device: torch.device) -> None:
+        self._memory = MemoryProbe()
         probes = [HostProbe().sample]
         if device.type == "cuda":
             try:
@@ -194,6 +198,8 @@ class HardwareMonitor(Diagnostic):
             return
         row: Row = {"component": None, **self._speed_row(window, trainer.world_size)}
         row |= sampler.latest()
+        if self._memory is not None:
+            row |= self._memory.now()
         if device.type == "cuda":
             row = _torch_memory(device) | row
         # the step has been made, and counted where Lightning makes it

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["HostProbe", "Sampler"]
+__all__ = ["HostProbe", "MemoryProbe", "Sampler"]
 
 _MIB = 2**20
 _FIRST_SECONDS = 0.1
@@ -36,6 +36,23 @@ class HostProbe:
             except (self._psutil.Error, OSError, NotImplementedError):
                 continue
         return found
+
+
+class MemoryProbe:
+    """Memory of this process, by `psutil`: quick enough to be asked between two steps."""
+
+    def __init__(self) -> None:
+        import psutil
+
+        self._psutil: Any = psutil
+        self._process = psutil.Process()
+
+    def now(self) -> dict[str, float]:
+        """The memory in MiB; empty where the system does not tell."""
+        try:
+            return {"process_memory": self._process.memory_info().rss / _MIB}
+        except (self._psutil.Error, OSError, NotImplementedError):
+            return {}
 
 
 class Sampler:

@@ -19,6 +19,7 @@ from lightning_diag.functional.latent_stats import (
     gram_matrix,
     latent_rows,
     latent_values,
+    mean_cosine,
     relative_std,
     spectrum,
 )
@@ -27,6 +28,8 @@ from lightning_diag.lightning import LightningModule, Trainer
 __all__ = ["LatentStats"]
 
 Pooling = Literal["none", "mean"]
+
+_OUTPUT_ROWS = 256
 
 
 @dataclass
@@ -40,6 +43,7 @@ class _Seen:
         positions: Positions of a sequence, where each is a row.
         odd: What it gave instead of a tensor.
         passed_by: Whether it ran inside a transform of `torch.func`.
+        output: What the last linear layer gave, and the version that it had then.
     """
 
     step: int
@@ -48,6 +52,7 @@ class _Seen:
     positions: int = 1
     odd: str | None = None
     passed_by: bool = False
+    output: tuple[Tensor, int] | None = None
 
 
 class LatentStats(Diagnostic):
@@ -100,6 +105,9 @@ class LatentStats(Diagnostic):
           are the same. ``rank_limit``: what both can be at most; ``rank_share``: effective rank
           over that. ``top_share``: share of the largest eigenvalue.
         - ``dead_dimensions``: those that vary by less than 1 % of what the most varied tenth does.
+        - ``output_features``, ``output_cosine``: dimensions of what the last linear layer gives,
+          and the mean cosine between two of at most 256 rows of it; not there where a module is
+          named, or where what it gave was written over.
 
     Logs:
         Under ``latent/<module>/``: ``latent_mean``, ``latent_std``, ``latent_min``, ``latent_max``,
@@ -190,7 +198,9 @@ class LatentStats(Diagnostic):
             with ExitStack() as stack:
                 for name, module in scope.modules.items():
                     handle = self._hook(scope, name, module)
-                    if handle is not None:
+                    if isinstance(handle, ExitStack):
+                        stack.enter_context(handle)
+                    elif handle is not None:
                         stack.callback(handle.remove)
                 yield
 
@@ -205,12 +215,23 @@ class LatentStats(Diagnostic):
         def after(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
             self._take(scope, name, output)
 
+        def given(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if self._seen is not None and scope.live and not inside_transform():
+                y = _first_tensor(output)
+                kept = y is not None and not y.is_inference()
+                self._seen.output = (y.detach(), y._version) if y is not None and kept else None
+
         if self.module is not None:
             # of a compiled module the copy is looked at, which has the same name
             chosen = name == self.module
             return module.register_forward_hook(self.guarded(after)) if chosen else None
         if isinstance(module, nn.Linear):
-            return module.register_forward_pre_hook(self.guarded(before), with_kwargs=True)
+            with ExitStack() as both:
+                hook = module.register_forward_pre_hook(self.guarded(before), with_kwargs=True)
+                both.callback(hook.remove)
+                hook = module.register_forward_hook(self.guarded(given))
+                both.callback(hook.remove)
+                return both.pop_all()
         return None
 
     def _take(self, scope: Scope, name: str, value: object) -> None:
@@ -243,11 +264,22 @@ class LatentStats(Diagnostic):
         began = self.device_began(x.device)
         z = latent_rows(x, self.max_rows, self.pooling) if self.module is None else x
         seen.latent = None
+        output, seen.output = seen.output, None
+        given = self._output_cosine(output, z)
         values = latent_values(z)
         gram = gram_matrix(z, self.rank_rows, seen.positions)
         shape = (z.shape[1], min(len(z), self.rank_rows))
-        flat = torch.cat([values, gram.reshape(-1).to(values)])
+        flat = torch.cat([values, gram.reshape(-1).to(values), given.to(values)])
         self.read(flat, lambda flat: self._write(trainer, seen, shape, flat), began)
+
+    def _output_cosine(self, output: tuple[Tensor, int] | None, z: Tensor) -> Tensor:
+        """Features and mean cosine of the layer's output; ``nan`` where it is not known."""
+        nothing = torch.full((2,), torch.nan, dtype=z.dtype, device=z.device)
+        # whoever takes an output may write into it, and then it is not what the layer gave
+        if output is None or output[0]._version != output[1] or not output[0].numel():
+            return nothing
+        y = latent_rows(output[0], _OUTPUT_ROWS, self.pooling)
+        return torch.stack([torch.full_like(nothing[0], y.shape[1]), mean_cosine(y).to(nothing)])
 
     def _say(self, trainer: Trainer, seen: _Seen) -> None:
         if "nothing" in self._said:
@@ -270,7 +302,7 @@ class LatentStats(Diagnostic):
 
     def _write(self, trainer: Trainer, seen: _Seen, shape: tuple[int, int], flat: Tensor) -> None:
         features, sampled = shape
-        values, gram = flat[: len(COLUMNS)], flat[len(COLUMNS) :]
+        values, gram, given = flat[: len(COLUMNS)], flat[len(COLUMNS) : -2], flat[-2:]
         side = min(features, sampled)
         found = spectrum(gram.view(side, side), values[COLUMNS.index("second_moment")])
         ratio = relative_std(values[COLUMNS.index("std_mean")], features)
@@ -286,6 +318,9 @@ class LatentStats(Diagnostic):
         }
         rank = row["effective_rank"]
         row["rank_share"] = rank / limit if isinstance(rank, float) and limit else None
+        if isfinite(given[0]):
+            row["output_features"] = int(given[0])
+            row["output_cosine"] = _number(float(given[1]))
         self.report(trainer, [row], step=seen.step)
 
 

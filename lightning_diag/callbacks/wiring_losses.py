@@ -15,15 +15,27 @@ from lightning_diag.callbacks.forward import Passing, Scope
 from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.callbacks.wiring_forward import Guard
 from lightning_diag.callbacks.wiring_tensors import Memories
-from lightning_diag.functional.wiring_check import broadcast_grows, probability_facts, target_facts
+from lightning_diag.functional.wiring_check import (
+    PREDICTION_FACTS,
+    broadcast_grows,
+    prediction_facts,
+    probability_facts,
+    target_facts,
+)
 
 __all__ = ["FACTS", "LossCall", "LossWatch"]
 
-FACTS = ("low", "high", "sum_off", "log_off", "valid", "target_low", "target_high", "result")
+FACTS = (
+    *("low", "high", "sum_off", "log_off", "valid", "target_low", "target_high"),
+    *PREDICTION_FACTS,
+    "result",
+)
 
 _CALLS = 4
 _DIFFERENCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 _KINDS = ("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+# scores from which on the answer is yes
+_THRESHOLDS = {"binary_cross_entropy": 0.5, "binary_cross_entropy_with_logits": 0.0}
 _SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
     getattr(F, name): inspect.signature(getattr(F, name)) for name in (*_KINDS, *_DIFFERENCES)
 }
@@ -75,7 +87,7 @@ class LossCall:
         from_batch: Whether the targets are a tensor of the batch, or made from one.
         single: Whether the predictions have single precision at least.
         made_by: Name of autograd's node that made the predictions, behind views and casts.
-        facts: The numbers of `FACTS`, shape ``(8,)``.
+        facts: The numbers of `FACTS`, shape ``(14,)``.
     """
 
     kind: str
@@ -200,6 +212,13 @@ class LossWatch:
                 [
                     probability_facts(scores, where),
                     target_facts(target, ignored),
+                    prediction_facts(
+                        scores,
+                        target,
+                        dim=where if kind in ("cross_entropy", "nll_loss") else None,
+                        threshold=_THRESHOLDS.get(kind),
+                        ignored=ignored,
+                    ),
                     torch.full((1,), torch.nan, device=x.device),
                 ]
             ),

@@ -20,6 +20,7 @@ _UNSCALED_RMS = 50.0
 _FEW_LABELS = 4
 _FEW_SAMPLES = 8
 _UNDIVIDED = 0.5
+_CONSTANT = 1e-4
 _NO_LOSS = "no loss function of torch.nn.functional was seen"
 
 
@@ -122,7 +123,7 @@ def loss_rows(
     accumulated: int,
     optimizer: str,
 ) -> list[Row]:
-    """The rows of ``double_softmax``, ``loss_target_mismatch`` and ``wrong_reduction``."""
+    """The rows of the losses: what they are fed, how they reduce, whether predictions vary."""
     checks = ("double_softmax", "loss_target_mismatch", "wrong_reduction")
     if not calls:
         return [plain_row(check, "unknown", _NO_LOSS) for check in checks]
@@ -132,6 +133,7 @@ def loss_rows(
         rows.append(_softmax_row(call, facts))
         rows += _target_rows(call, facts)
         rows.append(_reduction_row(call, facts, loss, accumulated, optimizer))
+        rows += _prediction_rows(call, facts, place)
     return rows
 
 
@@ -197,6 +199,20 @@ def _reduction_row(
         row["value"] = number(share)
         row["state"] = "wrong" if samples >= _FEW_SAMPLES and share > _UNDIVIDED else "ok"
     return row
+
+
+def _prediction_rows(call: LossCall, facts: Mapping[str, float], place: int) -> list[Row]:
+    """Whether predictions vary; a start that is the same for all is judged by later looks."""
+    if isnan(facts["rows"]) or facts["rows"] < _FEW_SAMPLES or isnan(facts["spread"]):
+        return []
+    varied = facts["target_low"] < facts["target_high"]
+    constant = varied and facts["size"] > 0 and facts["spread"] <= _CONSTANT * facts["size"]
+    row = plain_row("constant_prediction", "wrong" if constant else "ok", at=call.kind)
+    row |= {"call": place, "samples": int(facts["rows"]), "from_batch": int(call.from_batch)}
+    row |= {"std": number(facts["spread"]), "abs_max": number(facts["size"])}
+    row |= {"top_share": number(facts["top_share"])}
+    row |= {"target_std": number(facts["target_spread"])}
+    return [row | {"target_top_share": number(facts["target_top_share"])}]
 
 
 def _classes(call: LossCall) -> int | None:

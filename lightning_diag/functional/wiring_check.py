@@ -11,18 +11,22 @@ from lightning_diag.functional.moments import gathered, moments
 
 __all__ = [
     "DATA_FACTS",
+    "PREDICTION_FACTS",
     "broadcast_grows",
     "data_facts",
     "magnitudes",
+    "prediction_facts",
     "probability_facts",
     "replica_hash",
     "target_facts",
 ]
 
 DATA_FACTS = ("count", "nonfinite", "mean", "std", "rms", "abs_max")
+PREDICTION_FACTS = ("rows", "spread", "size", "top_share", "target_spread", "target_top_share")
 
 _ROWS_LIMIT = 1 << 20
 _BLOCK = 1 << 22
+_COMPARED = 256
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ODD = 0x9E3779B97F4A7C1  # odd, so that no information is lost when it multiplies
 _MASK = (1 << 48) - 1  # exact in double precision
@@ -98,6 +102,65 @@ def target_facts(target: Tensor, ignored: int | None = None) -> Tensor:
     return torch.stack([(~out).sum(dtype=t.dtype), low, high])
 
 
+def prediction_facts(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    dim: int | None = None,
+    threshold: float | None = None,
+    ignored: int | None = None,
+) -> Tensor:
+    r"""Whether predictions differ from sample to sample, and whether their targets do.
+
+    The spread is the standard deviation (divisor n) of each column over the rows, averaged over the
+    columns: zero where every sample gets the same answer, however large it is.
+
+    Args:
+        scores: Shape ``(batch, ..)``; of a large one the first samples are looked at.
+        target: Numbers of classes, or as many numbers as there are scores.
+        dim: Dimension of the classes, whose other dimensions all count rows; None where a row is
+            a sample.
+        threshold: Score from which on a single column says yes; None where it says no class.
+        ignored: Number of the class that does not count.
+
+    Returns:
+        The columns of `PREDICTION_FACTS`: rows; spread and largest magnitude of the scores; share
+        of the most frequent class among the predictions, over at most 256 rows evenly spaced; the
+        same spread of the targets, and the same share. ``nan`` where there is no such number.
+
+    Example:
+        >>> prediction_facts(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), torch.tensor([0, 1]), dim=1)
+        tensor([2.0000, 0.5000, 3.0000, 0.5000,    nan, 0.5000], dtype=torch.float64)
+    """
+    x, t = scores.detach(), target.detach()
+    wide = _wide(x)
+    nothing = torch.full((), torch.nan, dtype=wide, device=x.device)
+    if x.numel() == 0 or x.dim() == 0:
+        return torch.stack([nothing] * len(PREDICTION_FACTS))
+    x = x[: max(1, _ROWS_LIMIT // max(1, x[0].numel()))]
+    t = t[: len(x)] if t.dim() else t
+    x = x if x.dtype == torch.float64 else x.float()
+    if dim is None or x.dim() == 1:
+        table = x.reshape(1, -1) if dim is not None else x.reshape(len(x), -1)
+    else:
+        table = x.movedim(dim, -1).flatten(0, -2)
+    rows = torch.full_like(nothing, len(table))
+    found = [rows, _spread(table), table.abs().amax().to(wide)]
+    share = target_spread = target_share = nothing
+    classes = dim is not None and not t.is_floating_point()
+    if classes and t.numel() == len(table):
+        target_share = _top_share(t.reshape(-1), ignored)
+    elif t.is_floating_point() and t.shape == x.shape:
+        target_spread = _spread(t.to(x.dtype).reshape(len(t), -1))
+    if dim is not None and table.shape[1] > 1:
+        share = _top_share(table.argmax(1), None)
+    elif table.shape[1] == 1 and threshold is not None:
+        share = _top_share((table[:, 0] > threshold).long(), None)
+        if t.is_floating_point() and t.numel() == len(table):
+            target_share = _top_share((t.reshape(-1) > 0.5).long(), None)
+    return torch.stack([*found, share, target_spread, target_share]).to(wide)
+
+
 def magnitudes(tensors: Sequence[Tensor]) -> Tensor:
     """Largest magnitude of each tensor: zero where it holds nothing but zeros.
 
@@ -170,6 +233,19 @@ def _hash(x: Tensor) -> Tensor:
         place = torch.arange(start, start + block.numel(), device=x.device)
         total = total + (block * (2 * place + 1) * _ODD).sum()
     return ((total ^ (total >> 32)) & _MASK).to(_wide(x))
+
+
+def _spread(table: Tensor) -> Tensor:
+    return table.std(0, correction=0).mean().to(_wide(table))
+
+
+def _top_share(classes: Tensor, ignored: int | None) -> Tensor:
+    # each with each, since counting would wait for the device
+    few = classes[:: max(1, -(-len(classes) // _COMPARED))]
+    valid = torch.ones_like(few, dtype=torch.bool) if ignored is None else few != ignored
+    same = (few[:, None] == few) & valid & valid[:, None]
+    wide = _wide(few)
+    return same.sum(1).amax().to(wide) / valid.sum().to(wide)
 
 
 def _wide(x: Tensor) -> torch.dtype:

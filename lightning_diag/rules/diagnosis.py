@@ -1,20 +1,32 @@
 """From a run to its findings, causes first."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_diag.rules import attention as attention
 from lightning_diag.rules import gradients as gradients  # entering its rules into the registry
+from lightning_diag.rules import losses as losses
+from lightning_diag.rules import machine as machine
+from lightning_diag.rules import outputs as outputs
+from lightning_diag.rules import updates as updates
 from lightning_diag.rules import wiring as wiring
+from lightning_diag.rules.causal_order import place
 from lightning_diag.rules.finding import Finding
 from lightning_diag.rules.registry import RULES, Rule, resolve_thresholds
+from lightning_diag.rules.run_thresholds import run_thresholds
 
 if TYPE_CHECKING:
     from lightning_diag.records.live_rows import LiveRows
     from lightning_diag.records.read_run import Run
 
 __all__ = ["diagnose", "order_findings"]
+
+_EVERYWHERE = ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
+_BLOCKING = ("dead_relu", "saturated_activation")
+_FROM_THE_START = 20  # steps: what is seen first that early has been so from the start
 
 
 def diagnose(
@@ -27,7 +39,8 @@ def diagnose(
 
     Args:
         run: The folder of a run, what `read_run` made of it, or the latest rows of a live one.
-        thresholds: ``{rule id: {threshold: number}}`` in place of the defaults.
+        thresholds: ``{rule id: {threshold: number}}``; what is left out comes from ``rules`` in the
+            run's configuration, then from the defaults.
         on_error: What to do if a rule fails: ``"report"`` turns it into a finding of severity
             ``info`` that names the rule, ``"raise"`` lets the error through.
 
@@ -36,11 +49,11 @@ def diagnose(
     """
     if on_error not in ("report", "raise"):
         raise ValueError(f"`on_error` must be 'report' or 'raise', got {on_error!r}.")
-    resolved = resolve_thresholds(thresholds)
     if isinstance(run, (str, Path)):
         from lightning_diag.records.read_run import read_run
 
         run = read_run(run)
+    resolved = resolve_thresholds(run_thresholds(run.config, thresholds))
     found, there = [], set(run.prefixes)
     for one in RULES.values():
         if not there.isdisjoint(one.needs):
@@ -75,30 +88,54 @@ def _with_remedy(finding: Finding, config: Mapping[str, Any]) -> Finding:
 
 
 def _with_causes(findings: list[Finding]) -> list[Finding]:
-    explained = []
-    for finding in findings:
+    """Every finding with the rule that explains it, so that no rule explains itself by others."""
+    explained = {id(one): one for one in findings}
+    for finding in sorted(findings, key=lambda one: place(one.rule)):
         causes = [one for one in findings if _explains(one, finding)]
+        # what explains it must not hang on it
+        causes = [one for one in causes if finding.rule not in _chain(one, explained.values())]
         first = min(causes, key=lambda one: (_step(one), -one.rank), default=None)
-        explained.append(replace(finding, caused_by=first.rule) if first else finding)
-    return explained
+        if first is not None:
+            explained[id(finding)] = replace(finding, caused_by=first.rule)
+    return list(explained.values())
+
+
+def _chain(finding: Finding, findings: Iterable[Finding]) -> set[str]:
+    """The rule of a finding, and those that explain it one behind the other."""
+    causes = {one.rule: one.caused_by for one in findings if one.caused_by is not None}
+    chain, rule = {finding.rule}, causes.get(finding.rule)
+    while rule is not None and rule not in chain:
+        chain.add(rule)
+        rule = causes.get(rule)
+    return chain
 
 
 def _explains(cause: Finding, effect: Finding) -> bool:
-    rule = RULES[cause.rule]
-    later = effect.rule in rule.explains_later and _step(cause) < _step(effect)
-    if cause.rank == 0 or not (effect.rule in rule.explains or later):
+    if cause.rank == 0 or effect.rule not in RULES[cause.rule].explains:
+        return False
+    if place(cause.rule) > place(effect.rule) and not _step(cause) < _step(effect):
         return False
     # a loss that is the same to the last bit is an effect of gradients that are tiny, but there
     if (cause.rule, cause.unit, effect.rule) == ("detached_graph", "loss", "vanishing_gradient"):
         return False
-    # a part that died or blew up disturbs the balance of all; other effects stay where they began
-    anywhere = effect.rule in ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
+    # a part that died or blew up disturbs the balance of all, and one that lets nothing through
+    # silences what comes before it; other effects stay where they began
+    anywhere = cause.rule in _BLOCKING or effect.rule in _EVERYWHERE
     together = None in (cause.component, effect.component) or cause.component == effect.component
-    return (anywhere or together) and _step(cause) <= _step(effect)
+    return (anywhere or together) and _earliest(cause) <= _step(effect)
 
 
 def _step(finding: Finding) -> int:
     return -1 if finding.first_step is None else finding.first_step
+
+
+def _earliest(cause: Finding) -> int:
+    """The first step at which it may have begun: what is seldom measured is seen late."""
+    step = _step(cause)
+    if step < _FROM_THE_START:
+        return min(step, 0)
+    gaps = [after - before for before, after in pairwise(cause.evidence.steps) if after > before]
+    return step - min(gaps, default=1) + 1
 
 
 def order_findings(findings: list[Finding]) -> list[Finding]:

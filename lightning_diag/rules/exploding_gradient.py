@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
-from lightning_diag.rules.remedies import calm_steps
+from lightning_diag.rules.remedies import calm_start
 from lightning_diag.rules.sizes import sizes
 from lightning_diag.rules.traces import (
     GRAD_FILE,
@@ -67,7 +67,7 @@ class _Rise(NamedTuple):
     ),
     reference="Pascanu et al. 2013, On the difficulty of training recurrent neural networks; "
     "bands of the reference systems: 100, and 10 for large.",
-    remedy=calm_steps,
+    remedy=calm_start,
 )
 def exploding_gradient(grad: "pl.DataFrame", thresholds: ExplodingGradient) -> list[Finding]:
     """Norms above `max_l2` that also stand far above the component's own past.

@@ -1,9 +1,15 @@
 """A gradient that holds NaN or infinity."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_diag.rules.finding import Evidence, Finding
+from lightning_diag.rules.first_nonfinite import (
+    NONFINITE_FILE,
+    advice,
+    first_nonfinite,
+    sentence,
+)
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import leave_half_precision
 from lightning_diag.rules.traces import (
@@ -43,17 +49,20 @@ class NonfiniteGradient:
 @rule(
     "nonfinite_gradient",
     family="gradients",
-    needs="grad",
+    needs=("grad", "nonfinite"),
     thresholds=NonfiniteGradient,
     explains=("dead_component", "vanishing_gradient"),
     reference="Micikevicius et al. 2018, Mixed precision training, section 3.2.",
     remedy=leave_half_precision,
 )
-def nonfinite_gradient(grad: "pl.DataFrame", thresholds: NonfiniteGradient) -> list[Finding]:
+def nonfinite_gradient(
+    grad: "pl.DataFrame", nonfinite: "pl.DataFrame", thresholds: NonfiniteGradient
+) -> list[Finding]:
     """Steps that were taken with NaN or infinity in the gradient, and who had it first.
 
     A step that the gradient scaler skipped harmed nothing and is no evidence, unless the scaler
-    cannot find any scale at which the gradient fits.
+    cannot find any scale at which the gradient fits. Where the step was made again, the operation
+    that began it is named; without rows of gradients that alone is evidence.
     """
     kept = without_skipped(grad)
     traces = component_traces(kept)
@@ -64,7 +73,11 @@ def nonfinite_gradient(grad: "pl.DataFrame", thresholds: NonfiniteGradient) -> l
             if trace.component is not None:
                 bad[step].append(trace.component)
     if len(bad) >= max(1, thresholds.min_rows):
-        return [_taken(bad, traces, whole_traces(kept), thresholds)]
+        row = first_nonfinite(nonfinite, max(bad))
+        return [_taken(bad, traces, whole_traces(kept), thresholds, row)]
+    row = first_nonfinite(nonfinite)
+    if "nonfinite_gradient" in str(row.get("kinds")):
+        return [_replayed(row)]
     return [one for trace in whole_traces(grad) for one in _scaler_lost(trace, thresholds)]
 
 
@@ -88,7 +101,11 @@ def _first_name(traces: list[Trace], step: int, component: str | None = None) ->
 
 
 def _taken(
-    bad: dict[int, list[str]], traces: list[Trace], whole: list[Trace], t: NonfiniteGradient
+    bad: dict[int, list[str]],
+    traces: list[Trace],
+    whole: list[Trace],
+    t: NonfiniteGradient,
+    row: dict[str, Any],
 ) -> Finding:
     steps = sorted(bad)
     first, last = steps[0], max([step for trace in traces + whole for step in trace.steps])
@@ -105,7 +122,7 @@ def _taken(
         rule="nonfinite_gradient",
         severity="critical" if lasting else "warning",
         component=component,
-        first_step=first,
+        first_step=min(first, row.get("step", first)),
         last_step=steps[-1],
         observed=float(len(steps)),
         threshold=t.min_rows,
@@ -114,9 +131,29 @@ def _taken(
         message=(
             f"At step {first} the gradient held {_kind(whole, first)}{where}{which}{also}. "
             f"{_count(len(steps), 'measured step')} had this and changed the weights.{after}"
+            f"{sentence(row)}"
         ),
-        suggestion=_SUGGESTION,
+        suggestion=advice(row) + _SUGGESTION,
         confidence=1.0 if lasting else 0.8,
+    )
+
+
+def _replayed(row: dict[str, Any]) -> Finding:
+    """What is known where no row of gradients was written at a step that was not finite."""
+    step = int(row["step"])
+    return Finding(
+        rule="nonfinite_gradient",
+        severity="warning",
+        component=None,
+        first_step=step,
+        last_step=step,
+        observed=1.0,
+        threshold=1.0,
+        unit="steps with NaN or infinity",
+        evidence=Evidence(NONFINITE_FILE, (step,)),
+        message=f"At step {step} the gradient held NaN or infinity.{sentence(row)}",
+        suggestion=advice(row) + _SUGGESTION,
+        confidence=0.9,
     )
 
 

@@ -26,7 +26,6 @@ class Rule:
             gets a frame for each, without rows where there are none.
         thresholds: Its default thresholds, a frozen dataclass with a unit for every field.
         explains: Ids of the rules whose findings this rule's findings can cause.
-        explains_later: The same, for those that begin after it and not at the same step.
         reference: Where the thresholds come from.
         check: The function.
         remedy: From a finding and the run's configuration to overrides.
@@ -37,7 +36,6 @@ class Rule:
     needs: tuple[str, ...]
     thresholds: Any
     explains: tuple[str, ...]
-    explains_later: tuple[str, ...]
     reference: str
     check: Check
     remedy: Remedy | None
@@ -53,7 +51,6 @@ def rule(
     needs: str | Iterable[str],
     thresholds: type,
     explains: Iterable[str] = (),
-    explains_later: Iterable[str] = (),
     reference: str = "",
     remedy: Remedy | None = None,
 ) -> Callable[[_Function], _Function]:
@@ -76,7 +73,6 @@ def rule(
             needs=(needs,) if isinstance(needs, str) else tuple(needs),
             thresholds=defaults,
             explains=tuple(explains),
-            explains_later=tuple(explains_later),
             reference=reference,
             check=check,
             remedy=remedy,

@@ -6,9 +6,49 @@ from typing import Any
 
 from lightning_diag.rules.finding import Finding
 
-__all__ = ["boost_component", "calm_steps", "leave_half_precision", "loosen_clip"]
+__all__ = [
+    "boost_component",
+    "calm_start",
+    "calm_steps",
+    "change_activation",
+    "fewer_accumulated",
+    "larger_init",
+    "leave_half_precision",
+    "loosen_clip",
+    "lower_rate",
+    "more_accumulated",
+    "more_workers",
+    "quicken",
+    "raise_rate",
+    "regularize",
+    "revive_units",
+    "set_warmup",
+    "smaller_init",
+    "standardize_data",
+    "steady_schedule",
+    "strengthen_gradient",
+]
 
 _MISSING = object()
+
+_USUAL_UPDATE = 1e-2
+"""Update over weight at which a rate is no longer too large; Karpathy 2019 aims at 1e-3."""
+_LIVELY_UPDATE = 3e-3
+"""Update over weight to which a rate that is too low is raised."""
+_LOWERED = (0.01, 0.5)
+_RAISED = (2.0, 1000.0)
+_GENTLE = 0.3
+_AFTER_A_JUMP = 0.03
+_LARGEST_ADAPTIVE_RATE = 1e-2
+_SAFE_ADAPTIVE_RATE = 3e-3
+_WARMUP = 0.1
+_LONG_WARMUP = 0.3
+_MOST_WORKERS = 16
+_MANY_ACCUMULATED = 8
+_TIGHT_CLIP = 0.1
+_MOST_DROPOUT = 0.5
+_ADAPTIVE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "adadelta")
+_SQUASHING = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign")
 
 
 def _look_up(config: Mapping[str, Any], key: str) -> object:
@@ -27,13 +67,162 @@ def _number(config: Mapping[str, Any], key: str) -> float | None:
     return float(found) if math.isfinite(found) and found > 0 else None
 
 
+def _share(config: Mapping[str, Any], key: str) -> float | None:
+    """A number that may be zero."""
+    return 0.0 if _is_zero(_look_up(config, key)) else _number(config, key)
+
+
+def _count(config: Mapping[str, Any], key: str) -> int | None:
+    found = _look_up(config, key)
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def _is_zero(found: object) -> bool:
+    return isinstance(found, (int, float)) and not isinstance(found, bool) and found == 0
+
+
+def _word(config: Mapping[str, Any], key: str) -> str:
+    found = _look_up(config, key)
+    return found.lower() if isinstance(found, str) else ""
+
+
 def _round(value: float) -> float:
     return float(f"{value:.3g}")
 
 
 def _optimizer(config: Mapping[str, Any]) -> str:
-    target = _look_up(config, "optimizer._target_")
-    return target.rpartition(".")[2].lower() if isinstance(target, str) else ""
+    return _word(config, "optimizer._target_").rpartition(".")[2]
+
+
+def _adaptive(config: Mapping[str, Any]) -> bool:
+    return any(name in _optimizer(config) for name in _ADAPTIVE)
+
+
+def _within(value: float, bounds: tuple[float, float]) -> float:
+    return min(max(value, bounds[0]), bounds[1])
+
+
+def _update(finding: Finding) -> float | None:
+    """The size of an update over that of the weights, where that is what was observed."""
+    observed = finding.observed
+    if observed is None or not math.isfinite(observed) or observed <= 0:
+        return None
+    return observed if "update" in finding.unit or "step size" in finding.unit else None
+
+
+# ---- learning rate ----
+
+
+def lower_rate(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """A learning rate as much lower as the evidence says, 0.01 to 0.5 times the old one.
+
+    The size of an update grows with the rate: where its share of the weights was observed, that is
+    brought down to 0.01. A loss that a step throws off grows with the square of the step: where
+    that was observed, 0.3 over the root of how many times it is above its threshold, but not below
+    0.03, since a loss without bounds no longer says how far. Else 0.1 times for a critical finding
+    and 0.3 times for another. Adam and its kin, whose rate is the size of the step, come down to
+    0.003 at least.
+    """
+    update, factor = _update(finding), 0.1 if finding.severity == "critical" else 0.3
+    if update is not None:
+        factor = _USUAL_UPDATE / update
+    elif (excess := _excess(finding)) is not None:
+        factor = max(_GENTLE / math.sqrt(excess), _AFTER_A_JUMP)
+    return _scaled_rate(finding, config, _within(factor, _LOWERED))
+
+
+def _excess(finding: Finding) -> float | None:
+    """How many times a loss is above the threshold, both counted in times of another loss."""
+    observed, threshold = finding.observed, finding.threshold
+    if not finding.unit.startswith("times") or "loss" not in finding.unit:
+        return None
+    if observed is None or threshold is None or not observed > threshold > 0:
+        return None
+    return observed / threshold if math.isfinite(observed) else None
+
+
+def raise_rate(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """A learning rate as much higher as the updates are too small, 2 to 1000 times the old one.
+
+    Up to 0.003 of the weights a step. Adam and its kin, whose rate is the size of the step, stay at
+    or below 0.01. Where no update was observed the rate is 3 times the old one.
+    """
+    update = _update(finding)
+    factor = 3.0 if update is None else _LIVELY_UPDATE / update
+    return _scaled_rate(finding, config, _within(factor, _RAISED))
+
+
+def _scaled_rate(finding: Finding, config: Mapping[str, Any], factor: float) -> dict[str, object]:
+    """The rate times a factor: that of the component alone where it has one that is off."""
+    own = _own_rate(finding, config, factor)
+    if own is not None:
+        return own
+    rate = _number(config, "optimizer.lr")
+    if rate is None:
+        return {}
+    new = rate * factor
+    if _adaptive(config):
+        new = min(new, _LARGEST_ADAPTIVE_RATE if factor > 1 else _SAFE_ADAPTIVE_RATE)
+    if factor > 1 and new <= rate:
+        return {}
+    return {"optimizer.lr": _round(new)}
+
+
+def _own_rate(
+    finding: Finding, config: Mapping[str, Any], factor: float
+) -> dict[str, object] | None:
+    rates = _look_up(config, "component_lrs")
+    if finding.component is None or not isinstance(rates, Mapping):
+        return None
+    old = rates.get(finding.component)
+    if isinstance(old, bool) or not isinstance(old, (int, float)) or old < 0:
+        return None
+    if old == 0:
+        # a rate of 0 is how a part is kept still on purpose, too: raised only where asked for
+        return {"component_lrs": {**rates, finding.component: 1.0}} if factor > 1 else {}
+    off = old > 1 if factor < 1 else old < 1
+    if not off:
+        return None
+    new = max(1.0, old * factor) if factor < 1 else min(1.0, old * factor)
+    return {"component_lrs": {**rates, finding.component: _round(new)}}
+
+
+def quicken(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """More optimizer steps for the same data where many batches make one, else `raise_rate`."""
+    return fewer_accumulated(finding, config) or raise_rate(finding, config)
+
+
+def set_warmup(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """A warm-up over a tenth of the run; one that is there already gets twice as long.
+
+    Only for what begins early: a warm-up is over by the middle of a run.
+    """
+    old = _share(config, "model.warmup_share")
+    if old is None or old >= _LONG_WARMUP:
+        return {}
+    steps, first = _number(config, "trainer.max_steps"), finding.first_step or 0
+    if steps is not None and first > _LONG_WARMUP * steps:
+        return {}
+    new = _WARMUP if old < _WARMUP else min(2 * old, _LONG_WARMUP)
+    return {"model.warmup_share": _round(new)}
+
+
+def steady_schedule(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """A schedule that fits the run: as many steps as it has, a short warm-up, else no schedule."""
+    overrides: dict[str, object] = {}
+    warmup = _number(config, "model.warmup_share")
+    if warmup is not None and warmup > _LONG_WARMUP:
+        overrides["model.warmup_share"] = _WARMUP
+    steps = _number(config, "trainer.max_steps")
+    planned = _number(config, "model.schedule_steps")
+    if steps is not None and planned is not None and planned != steps:
+        return {**overrides, "model.schedule_steps": int(steps)}
+    if not overrides and _word(config, "model.schedule") not in ("", "constant"):
+        overrides["model.schedule"] = "constant"
+    return overrides
+
+
+# ---- size of a step, precision, clip ----
 
 
 def calm_steps(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
@@ -49,14 +238,59 @@ def calm_steps(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]
     return overrides
 
 
+def calm_start(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """`calm_steps`, `smaller_init` of weights that start too large, and `set_warmup`."""
+    large = _number(config, "model.init_scale")
+    init = {"model.init_scale": 1.0} if large is not None and large > 1 else {}
+    return {**calm_steps(finding, config), **set_warmup(finding, config), **init}
+
+
 def leave_half_precision(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
     """`calm_steps`, and bfloat16 in place of float16, whose range ends at 65504."""
     overrides = calm_steps(finding, config)
     for key in ("hardware.precision", "trainer.precision"):
-        if str(_look_up(config, key)) in ("16", "16-mixed", "16-true"):
-            overrides[key] = "bf16-mixed"
+        found = str(_look_up(config, key))
+        if found in ("16", "16-mixed", "16-true"):
+            overrides[key] = "bf16-true" if found == "16-true" else "bf16-mixed"
             break
     return overrides
+
+
+def loosen_clip(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """A clip near the norm that is usual here, where the optimizer divides the size out anyway.
+
+    Plain SGD gets one no wider than 1, and only in place of a clip below 0.1.
+    """
+    clip = _number(config, "trainer.gradient_clip_val")
+    if clip is None or not finding.observed or finding.caused_by is not None:
+        return {}
+    usual = clip / finding.observed
+    if usual <= clip:
+        return {}
+    if _adaptive(config):
+        return {"trainer.gradient_clip_val": _round(usual)}
+    if clip < _TIGHT_CLIP:
+        return {"trainer.gradient_clip_val": _round(min(usual, 1.0))}
+    return {}
+
+
+def more_accumulated(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Four times the batches in one optimizer step, up to 8: less noise a step."""
+    old = _count(config, "hardware.accumulate")
+    if old is None or not 1 <= old < _MANY_ACCUMULATED:
+        return {}
+    return {"hardware.accumulate": min(4 * old, _MANY_ACCUMULATED)}
+
+
+def fewer_accumulated(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """An eighth of the batches in one optimizer step, where there are 8 and more."""
+    old = _count(config, "hardware.accumulate")
+    if old is None or old < _MANY_ACCUMULATED:
+        return {}
+    return {"hardware.accumulate": max(1, old // _MANY_ACCUMULATED)}
+
+
+# ---- the network ----
 
 
 def boost_component(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
@@ -69,13 +303,81 @@ def boost_component(finding: Finding, config: Mapping[str, Any]) -> dict[str, ob
         return {}
     given = dict(rates) if isinstance(rates, Mapping) else {}
     old = given.get(finding.component)
-    return {"component_lrs": {**given, finding.component: 3.0 * old if old else 3.0}}
+    return {"component_lrs": {**given, finding.component: _round(3.0 * old) if old else 3.0}}
 
 
-def loosen_clip(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
-    """A clip near the norm that is usual here, where the optimizer divides the size out anyway."""
-    clip = _number(config, "trainer.gradient_clip_val")
-    adaptive = any(name in _optimizer(config) for name in ("adam", "lion", "lamb", "adafactor"))
-    if clip is None or not adaptive or not finding.observed or finding.caused_by is not None:
+def change_activation(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """An activation that passes a gradient: leaky ReLU for ReLU, GELU for what saturates."""
+    old = _word(config, "model.activation").replace("_", "")
+    if old in ("relu", "relu6"):
+        return {"model.activation": "leaky_relu"}
+    return {"model.activation": "gelu"} if old in _SQUASHING else {}
+
+
+def smaller_init(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Weights that start at the usual size where they started larger, else at half of theirs."""
+    old = _number(config, "model.init_scale")
+    if old is None:
         return {}
-    return {"trainer.gradient_clip_val": _round(clip / finding.observed)}
+    return {"model.init_scale": 1.0 if old > 1 else _round(0.5 * old)}
+
+
+def larger_init(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Weights that start at the usual size where they started smaller."""
+    old = _number(config, "model.init_scale")
+    return {"model.init_scale": 1.0} if old is not None and old < 1 else {}
+
+
+def revive_units(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """What dead or saturated units need: `change_activation`, and weights that start no larger.
+
+    Units that died later than the first steps were killed by a step: the rate is lowered too.
+    """
+    overrides = change_activation(finding, config)
+    large = _number(config, "model.init_scale")
+    if large is not None and large > 1:
+        overrides["model.init_scale"] = 1.0
+    rate = _number(config, "optimizer.lr")
+    if rate is not None and ((finding.first_step or 0) > 0 or not overrides):
+        overrides["optimizer.lr"] = _round(0.3 * rate)
+    return overrides
+
+
+def strengthen_gradient(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """What a gradient that vanishes needs.
+
+    `larger_init`, and GELU for an activation that saturates; `boost_component` where there is
+    neither.
+    """
+    overrides = larger_init(finding, config)
+    if _word(config, "model.activation").replace("_", "") in _SQUASHING:
+        overrides |= change_activation(finding, config)
+    return overrides or boost_component(finding, config)
+
+
+def regularize(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Ten times the weight decay, 0.01 to 1, and 0.2 more dropout, up to 0.5."""
+    overrides: dict[str, object] = {}
+    decay = _share(config, "optimizer.weight_decay")
+    if decay is not None and decay < 1:
+        overrides["optimizer.weight_decay"] = _round(_within(10 * decay, (0.01, 1.0)))
+    dropout = _share(config, "model.dropout")
+    if dropout is not None and dropout < _MOST_DROPOUT:
+        overrides["model.dropout"] = _round(min(dropout + 0.2, _MOST_DROPOUT))
+    return overrides
+
+
+# ---- data and machine ----
+
+
+def standardize_data(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Inputs brought to mean 0 and standard deviation 1, where the data can do that."""
+    return {"data.standardize": True} if _look_up(config, "data.standardize") is False else {}
+
+
+def more_workers(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
+    """Two processes that load data where there was none, else twice as many, up to 16."""
+    old = _count(config, "hardware.num_workers")
+    if old is None or not 0 <= old < _MOST_WORKERS:
+        return {}
+    return {"hardware.num_workers": min(2 * old, _MOST_WORKERS) if old else 2}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
-from lightning_diag.rules.remedies import boost_component
+from lightning_diag.rules.remedies import strengthen_gradient
 from lightning_diag.rules.sizes import Size, largest, ratio, sizes, sizes_by_step
 from lightning_diag.rules.traces import (
     GRAD_FILE,
@@ -60,7 +60,7 @@ class VanishingGradient:
     explains=("gradient_imbalance", *STANDSTILL),
     reference="Glorot and Bengio 2010, section 4; bands of the reference systems: mean norm 1e-5, "
     "smallest tensor norm 1e-7.",
-    remedy=boost_component,
+    remedy=strengthen_gradient,
 )
 def vanishing_gradient(grad: "pl.DataFrame", thresholds: VanishingGradient) -> list[Finding]:
     """Components whose gradient is tiny while others' is not, or tiny everywhere from the start.

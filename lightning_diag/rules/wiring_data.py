@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import standardize_data
 from lightning_diag.rules.wiring_rows import Fault, checked
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class InputScale:
     thresholds=InputScale,
     explains=(*TURMOIL, *STANDSTILL, "dead_relu", "saturated_activation", "gradient_imbalance"),
     reference="LeCun et al. 1998, Efficient BackProp, section 4.3: mean 0, equal variances.",
+    remedy=standardize_data,
 )
 def input_scale(wiring: "pl.DataFrame", thresholds: InputScale) -> list[Finding]:
     """Input of the first layer that learns on a scale for which no weights are initialised.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Finding, Severity
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import raise_rate
 from lightning_diag.rules.wiring_rows import Fault, faults
 
 if TYPE_CHECKING:
@@ -132,6 +133,7 @@ class FrozenWeights:
     thresholds=FrozenWeights,
     explains=STANDSTILL,
     reference="A step must move what it has a gradient for; Micikevicius et al. 2018, section 3.1.",
+    remedy=raise_rate,
 )
 def frozen_weights(wiring: "pl.DataFrame", thresholds: FrozenWeights) -> list[Finding]:
     """Parameters that get a gradient, are in an optimizer, and have not moved since the start.

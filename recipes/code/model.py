@@ -22,7 +22,7 @@ from torchmetrics.classification import (
 from lightning_diag import param_groups
 from lightning_diag.lightning import LightningModule
 from recipes.code.batches import Batch
-from recipes.code.network import Encoder, Head, StatementEmbedding
+from recipes.code.network import ACTIVATIONS, Encoder, Head, StatementEmbedding, scale_weights
 
 __all__ = ["CodeClassifier", "CodeTransformer", "warmup_cosine"]
 
@@ -161,6 +161,9 @@ class CodeTransformer(CodeClassifier):
         max_columns: places in a line that are told apart.
         max_statements: lines that are told apart.
         warmup_share: share of the optimizer steps over which the learning rate rises, 0 to 1.
+        activation: of the feed-forward nets: ``gelu``, ``silu``, ``relu``, ``leaky_relu`` or
+            ``tanh``.
+        init_scale: what the weights of linear layers are multiplied by at the start.
     """
 
     def __init__(
@@ -178,15 +181,19 @@ class CodeTransformer(CodeClassifier):
         max_columns: int = 24,
         max_statements: int = 512,
         warmup_share: float = 0.1,
+        activation: str = "gelu",
+        init_scale: float = 1.0,
     ) -> None:
         super().__init__(optimizer, component_lrs, warmup_share, components)
         _check(width, heads, layers)
+        _check_start(activation, init_scale)
         self.save_hyperparameters(ignore=["optimizer"])
         self.embedding = StatementEmbedding(
             vocabulary_size, width, max_columns, max_statements, dropout
         )
-        self.encoder = Encoder(width, layers, heads, dropout, name_bias)
+        self.encoder = Encoder(width, layers, heads, dropout, name_bias, activation)
         self.head = Head(width)
+        scale_weights(self, init_scale)
         self.parameter_groups(1.0)  # names a component that does not exist before data are made
 
     def forward(self, batch: Batch) -> Tensor:
@@ -236,3 +243,10 @@ def _check(width: int, heads: int, layers: int) -> None:
         raise ValueError(f"`heads` must be at least 2 and divide `width`, got {heads} and {width}.")
     if layers < 1:
         raise ValueError(f"`layers` must be at least 1, got {layers}.")
+
+
+def _check_start(activation: str, init_scale: float) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"`activation` must be one of {tuple(ACTIVATIONS)}, got {activation!r}.")
+    if not 0 < init_scale < math.inf:
+        raise ValueError(f"`init_scale` must be positive and finite, got {init_scale}.")

@@ -7,7 +7,24 @@ from torch import Tensor, nn
 from recipes.code.batches import Batch
 from recipes.code.tokenizer import MAX_NAMES, PADDING
 
-__all__ = ["Attention", "Block", "Encoder", "Head", "StatementEmbedding", "name_relations"]
+__all__ = [
+    "ACTIVATIONS",
+    "Attention",
+    "Block",
+    "Encoder",
+    "Head",
+    "StatementEmbedding",
+    "name_relations",
+    "scale_weights",
+]
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "tanh": nn.Tanh,
+}
 
 
 class StatementEmbedding(nn.Module):
@@ -119,13 +136,20 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: attention and a feed-forward net, each added to its input."""
 
-    def __init__(self, width: int, heads: int, dropout: float, name_bias: float | None) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float,
+        name_bias: float | None,
+        activation: str = "gelu",
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads, name_bias)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            nn.Linear(width, 2 * width), ACTIVATIONS[activation](), nn.Linear(2 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
 
@@ -144,13 +168,22 @@ class Encoder(nn.Module):
         heads: attention heads in each.
         dropout: share of numbers dropped in training.
         name_bias: see `Attention`.
+        activation: of the feed-forward nets, one of `ACTIVATIONS`.
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, dropout: float, name_bias: float | None
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        name_bias: float | None,
+        activation: str = "gelu",
     ) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, name_bias) for _ in range(layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout, name_bias, activation) for _ in range(layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.name_bias = name_bias
 
@@ -173,6 +206,19 @@ class Head(nn.Module):
     def forward(self, x: Tensor, filled: Tensor) -> Tensor:
         logits: Tensor = self.linear(x.masked_fill(~filled.unsqueeze(-1), -torch.inf).amax(dim=1))
         return logits
+
+
+@torch.no_grad()
+def scale_weights(module: nn.Module, scale: float) -> None:
+    """Multiply the weights of every linear layer, and not the biases, by a number.
+
+    Args:
+        module: what holds the layers.
+        scale: the factor; 1 changes no bit.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.mul_(scale)
 
 
 def _membership(batch: Batch, dtype: torch.dtype) -> Tensor:

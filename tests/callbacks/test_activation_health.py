@@ -560,3 +560,47 @@ class TestArguments:
         with pytest.warns(RuntimeWarning, match="ActivationHealth has ended and training goes on"):
             trainer = fit(Net(nn.ReLU()), ActivationHealth(every_n_steps=1), loader, tmp_path)
         assert trainer.global_step == 8
+
+
+class Gated(nn.Module):
+    """A sigmoid that opens and shuts, by a view in between or at once."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.score = nn.Linear(6, 6)
+        self.squash = nn.Sigmoid()
+        self.how = how
+
+    def forward(self, x):
+        gate = self.squash(self.score(x))
+        if self.how == "view":
+            return x * gate.view(-1, 6)
+        if self.how == "blend":
+            return gate * x + (1 - gate) * torch.tanh(x)
+        if self.how == "number":
+            return 2.0 * gate
+        return gate * x if self.how == "product" else gate
+
+
+class TestWhatBecomesOfIt:
+    def test_an_output_is_the_last(self, loader, tmp_path):
+        class Squashed(Net):
+            def training_step(self, batch, batch_idx):
+                return torch.sigmoid(self(batch[0])).square().mean()
+
+        fit(Squashed(nn.Sequential(nn.Tanh(), nn.Linear(6, 6))), every_step(), loader, tmp_path)
+        found = seen(tmp_path)
+        assert (found["body.0"]["last"], found["body.0"]["last_of_part"]) == (0, 0)
+        assert (found["training_step"]["last"], found["training_step"]["gate"]) == (1, 0)
+
+    def test_the_last_of_its_part(self, loader, tmp_path):
+        fit(Net(nn.Sequential(nn.Linear(6, 6), nn.Tanh())), every_step(), loader, tmp_path)
+        found = seen(tmp_path)["body.1"]
+        assert (found["last"], found["last_of_part"], found["gate"]) == (0, 1, None)
+
+    @pytest.mark.parametrize(
+        ("how", "gate"), [("product", 1), ("view", 1), ("blend", 1), ("number", 0), ("plain", 0)]
+    )
+    def test_a_gate_is_multiplied(self, loader, tmp_path, how, gate):
+        fit(Net(Gated(how)), every_step(), loader, tmp_path)
+        assert seen(tmp_path)["body.squash"]["gate"] == gate

@@ -80,6 +80,7 @@ class TestDotProduct:
             for head in rows(tmp_path, "attention_head", step=step):
                 assert_entropy(head, entropy[:, head["head"]])
             assert (row["source"], row["heads"], row["queries"]) == ("sdpa", 4, TOKENS)
+            assert row["all_keys"] == k.shape[-2]
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
     def test_under_every_precision(self, precision, tmp_path):

@@ -327,3 +327,32 @@ class TestArguments:
         with pytest.warns(RuntimeWarning, match="LatentStats has ended and training goes on"):
             trainer = fit(Auto(), LatentStats(every_n_steps=1), wide, tmp_path)
         assert trainer.global_step == 3
+
+
+class TestOutput:
+    def test_the_cosine_of_what_the_last_layer_gives(self, wide, tmp_path):
+        class Known(Auto):
+            def training_step(self, batch, batch_idx):
+                y = self.last(self.encoder(batch[0]))
+                self.kept.append(y.detach().double())
+                return y.square().mean()
+
+        module = Known()
+        fit(module, every_step(), wide, tmp_path)
+        row, y = rows(tmp_path, "latent")[0], module.kept[0]
+        cosines = F.normalize(y, dim=1) @ F.normalize(y, dim=1).T
+        off = cosines[~torch.eye(len(y), dtype=torch.bool)]
+        assert row["output_features"] == 2
+        assert row["output_cosine"] == pytest.approx(float(off.mean()), abs=1e-6)
+
+    def test_what_is_written_over_is_not_known(self, wide, tmp_path):
+        class Overwrites(Auto):
+            def training_step(self, batch, batch_idx):
+                return self.last(self.encoder(batch[0])).mul_(2.0).square().mean()
+
+        fit(Overwrites(), every_step(), wide, tmp_path)
+        assert "output_cosine" not in rows(tmp_path, "latent")[0]
+
+    def test_a_named_module_has_none(self, wide, tmp_path):
+        fit(Auto(), every_step("encoder"), wide, tmp_path)
+        assert "output_cosine" not in rows(tmp_path, "latent")[0]

@@ -367,3 +367,40 @@ class TestHealthy:
                 return super().forward(x.to(self.head.weight.dtype))
 
         assert calm(findings(Cast(), tmp_path, precision=precision))
+
+
+class TestConstantPrediction:
+    def test_the_numbers_of_a_look(self, tmp_path):
+        class Keeps(Plain):
+            def training_step(self, batch, batch_idx):
+                self.scores = self(batch[0])
+                self.kept = [*getattr(self, "kept", []), (self.scores.detach(), batch[1])]
+                return F.cross_entropy(self.scores, batch[1])
+
+        module = Keeps()
+        findings(module, tmp_path)
+        row, (scores, labels) = wiring(tmp_path, "constant_prediction")[0], module.kept[0]
+        assert row["state"] == "ok"
+        assert row["std"] == pytest.approx(float(scores.std(0, correction=0).mean()))
+        assert row["abs_max"] == pytest.approx(float(scores.abs().max()))
+        assert row["top_share"] == float(scores.argmax(1).bincount().max()) / len(labels)
+        assert row["target_top_share"] == float(labels.bincount().max()) / len(labels)
+
+    def test_a_loss_alone_shows_a_constant(self, tmp_path):
+        class Constant(Plain):
+            def forward(self, x):
+                return self.head(0 * self.encoder(x))
+
+        findings(Constant(), tmp_path)
+        assert {row["state"] for row in wiring(tmp_path, "constant_prediction")} == {"wrong"}
+
+    def test_targets_of_a_regression(self, tmp_path):
+        class Numbers(Regression):
+            def training_step(self, batch, batch_idx):
+                return F.mse_loss(self(batch[0]).squeeze(1), batch[1])
+
+        y = torch.randn(128, generator=torch.Generator().manual_seed(1))
+        findings(Numbers(), tmp_path, data(y=y))
+        row = wiring(tmp_path, "constant_prediction")[0]
+        assert row["target_std"] == pytest.approx(float(y[:8].std(correction=0)))
+        assert (row["from_batch"], row["top_share"]) == (1, None)

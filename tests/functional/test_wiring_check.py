@@ -10,6 +10,7 @@ from lightning_diag.functional.wiring_check import (
     broadcast_grows,
     data_facts,
     magnitudes,
+    prediction_facts,
     probability_facts,
     replica_hash,
     target_facts,
@@ -187,3 +188,46 @@ def test_broadcast_grows_as_torch_broadcasts(first, second):
     except RuntimeError:
         together = 0
     assert broadcast_grows(first, second) is (together > max(math.prod(first), math.prod(second)))
+
+
+class TestPredictionFacts:
+    def test_classes_against_numpy(self):
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(40, 3, generator=generator)
+        y = torch.randint(3, (40,), generator=generator)
+        found = prediction_facts(x, y, dim=1).tolist()
+        top = np.bincount(x.numpy().argmax(1)).max() / 40
+        labels = np.bincount(y.numpy()).max() / 40
+        truth = [40, x.numpy().std(0).mean(), np.abs(x.numpy()).max(), top, math.nan, labels]
+        assert found == pytest.approx(truth, nan_ok=True)
+
+    def test_every_position_is_a_row(self):
+        x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(3))
+        y = torch.zeros(4, 5, dtype=torch.long)
+        found = prediction_facts(x, y, dim=1)
+        flat = prediction_facts(x.movedim(1, -1).reshape(20, 3), y.reshape(20), dim=1)
+        assert found.tolist() == pytest.approx(flat.tolist(), nan_ok=True)
+        assert found[0] == 20
+
+    def test_ignored_labels_do_not_count(self):
+        y = torch.tensor([0, 0, 1, -100, -100, -100])
+        assert prediction_facts(torch.randn(6, 2), y, dim=1, ignored=-100)[5] == pytest.approx(
+            2 / 3
+        )
+
+    def test_numbers(self):
+        x, y = torch.tensor([[1.0, 5.0], [3.0, 5.0]]), torch.tensor([[0.0, 0.0], [4.0, 8.0]])
+        found = prediction_facts(x, y).tolist()
+        assert found == pytest.approx([2, 0.5, 5, math.nan, 3, math.nan], nan_ok=True)
+
+    def test_yes_or_no(self):
+        x, y = torch.tensor([2.0, 3.0, -1.0, 1.0]), torch.tensor([1.0, 0.0, 0.0, 0.0])
+        found = prediction_facts(x, y, threshold=0.0).tolist()
+        assert [found[3], found[5]] == [0.75, 0.75]
+
+    @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.tensor(1.0)])
+    def test_nothing_to_compare(self, x):
+        assert prediction_facts(x, torch.zeros(x.shape[:1], dtype=torch.long), dim=0).isnan().all()
+
+    def test_one_sample_of_classes(self):
+        assert prediction_facts(torch.randn(5), torch.tensor(2), dim=0)[:2].tolist() == [1, 0]

@@ -30,6 +30,8 @@ _FUNCTIONS = {
 }
 # functions of ours that call what the user would have called
 _PASSAGES = {"carry_out", "paused", "__torch_function__", "__torch_dispatch__"}
+# what asks on a CPU alone, where nothing is copied and nobody waits; on a device it asks nothing
+_AT_HAND = {"odd_on_host"}
 _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_post_accumulate_grad_hooks", "_state_dict_hooks"),
@@ -74,10 +76,10 @@ class Watch:
 
     def saw(self, name: str, *, is_read: bool, is_operation: bool) -> None:
         """Write down one event with the place that it comes from."""
-        place, own, optimizer = _origin()
+        place, own, optimizer, at_hand = _origin()
         if own and is_operation:
             self.step.own_operations.append(name)
-        if is_read and not self._inside and not optimizer:
+        if is_read and not self._inside and not optimizer and not at_hand:
             self.step.reads[f"{name} at {place}"] += 1
             if own:
                 self.step.own_reads.append(f"{name} at {place}")
@@ -179,9 +181,9 @@ def _moves(args: Any, kwargs: Any) -> bool:
     return named and "/torch/" not in sys._getframe(2).f_code.co_filename
 
 
-def _origin() -> tuple[str, bool, bool]:
-    """The innermost place outside torch and this file, and whether we or an optimizer ask."""
-    place, own, optimizer, passed = "", False, False, False
+def _origin() -> tuple[str, bool, bool, bool]:
+    """The innermost place outside torch and this file; do we ask, an optimizer, or on a CPU alone?"""
+    place, own, optimizer, passed, at_hand = "", False, False, False, False
     frame = sys._getframe(2)
     while frame is not None:
         code = frame.f_code
@@ -191,9 +193,10 @@ def _origin() -> tuple[str, bool, bool]:
             passed = True
         elif not passed:
             own = own or ours
+        at_hand = at_hand or (ours and code.co_name in _AT_HAND)
         optimizer = optimizer or (not own and code.co_filename.startswith(_OPTIMIZERS))
         inside = "/torch/" in code.co_filename or code.co_filename == __file__
         if not place and not inside and not (ours and code.co_name in _PASSAGES):
             place = f"{Path(code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back
-    return place, own, optimizer
+    return place, own, optimizer, at_hand

@@ -239,3 +239,51 @@ def test_a_checkpoint_brings_back_the_model(data, quiet, tmp_path):
 def test_arguments_are_checked(arguments, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_model(**arguments)
+
+
+def _seeded(**arguments) -> CodeTransformer:
+    torch.manual_seed(3)
+    return tiny_model(**arguments)
+
+
+def test_init_scale_multiplies_the_weights_of_linear_layers_and_nothing_else():
+    usual, large = _seeded().state_dict(), _seeded(init_scale=4.0).state_dict()
+    linear = {
+        name
+        for name in usual
+        if re.search(r"(projection|output|feed_forward\.\d|linear)\.weight$", name)
+    }
+    assert len(linear) == 2 * 4 + 1
+    for name, value in usual.items():
+        assert torch.equal(large[name], value * (4.0 if name in linear else 1.0)), name
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu", "leaky_relu", "tanh"])
+def test_the_activation_of_the_feed_forward_nets(activation):
+    model = _seeded(activation=activation).eval()
+    x = torch.linspace(-3, 3, 16)
+    for block in model.encoder.blocks:
+        hidden = block.feed_forward[0](x)
+        assert torch.equal(
+            block.feed_forward(x),
+            block.feed_forward[2](getattr(torch.nn.functional, activation)(hidden)),
+        )
+
+
+def test_the_usual_start_is_bit_for_bit_the_default():
+    given = _seeded(activation="gelu", init_scale=1.0).state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in _seeded().state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": "gelo"}, r"`activation` must be one of \('gelu', .*\), got 'gelo'\."),
+        ({"init_scale": 0.0}, r"`init_scale` must be positive and finite, got 0\.0\."),
+        ({"init_scale": math.inf}, r"`init_scale` must be positive and finite, got inf\."),
+        ({"init_scale": math.nan}, r"`init_scale` must be positive and finite, got nan\."),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**arguments)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lightning_diag.rules import RULES, Evidence, Finding, diagnose, order_findings, rule
+from lightning_diag.rules import RULES, Evidence, Finding, diagnose, diagnosis, order_findings, rule
+from lightning_diag.rules.causal_order import CAUSAL_ORDER
 from tests.rules.planted import noise, run_of, trace
 
 CONFIG = {
@@ -73,17 +74,30 @@ def test_the_six_rules_of_the_family_are_there():
         "clipping_dominates",
     }
     for one in RULES.values():
-        assert set(one.explains) | set(one.explains_later) <= set(RULES)
+        assert set(one.explains) <= set(RULES)
 
 
-def test_causes_form_no_circle():
-    def reach(id, seen):
-        assert id not in seen
-        for effect in RULES[id].explains:
-            reach(effect, {*seen, id})
+def test_every_rule_has_a_place_among_causes():
+    assert sorted(CAUSAL_ORDER) == sorted(RULES)
 
-    for id in RULES:
-        reach(id, set())
+
+@pytest.mark.parametrize("seed", range(20))
+def test_causes_form_no_circle(monkeypatch, seed):
+    # all of them at once, at any steps: whatever the rules list, some finding explains itself
+    rng = np.random.default_rng(seed)
+    steps = rng.integers(0, 60, len(RULES))
+    found = [
+        Finding(rule=id, severity="warning", first_step=int(step))
+        for id, step in zip(RULES, steps, strict=True)
+    ]
+    causes = {one.rule: one.caused_by for one in diagnosis._with_causes(found)}
+    assert None in causes.values()
+    for start in causes:
+        rule, seen = start, set()
+        while rule is not None:
+            assert rule not in seen
+            seen.add(rule)
+            rule = causes[rule]
 
 
 def test_a_threshold_can_be_changed():
@@ -241,3 +255,12 @@ def test_registry_refuses_doubles_and_thresholds_without_unit():
         rule("new_rule", family="x", needs="grad", thresholds=Bare)
     with pytest.raises(ValueError, match="used once, got 'dead_component'"):
         rule("dead_component", family="x", needs="grad", thresholds=Stated)(lambda rows, t: [])
+
+
+def test_thresholds_of_the_run_are_the_default_and_an_argument_wins():
+    own = {"rules": {"exploding_gradient": {"max_l2": 1e6}}}
+    grave = {one.rule for one in diagnose(exploding(config=own)) if one.rank > 0}
+    assert "exploding_gradient" not in grave
+    given = {"exploding_gradient": {"max_l2": 100.0}}
+    grave = {one.rule for one in diagnose(exploding(config=own), given) if one.rank > 0}
+    assert "exploding_gradient" in grave

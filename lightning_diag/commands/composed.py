@@ -1,0 +1,129 @@
+"""What Hydra made a run of: the groups it chose, and its own values over them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from lightning_diag.commands.errors import UsageError
+from lightning_diag.report.experiment import difference, not_taken_away
+
+if TYPE_CHECKING:
+    from lightning_diag.records.read_run import Run
+
+__all__ = ["Compose", "ComposedRun", "Groups"]
+
+Compose = Callable[[list[str], str | None], dict[str, Any]]
+"""From overrides and a folder of configuration to what Hydra composes, unresolved."""
+
+Groups = Callable[[str | None], Mapping[str, Sequence[str]]]
+"""From a folder of configuration to each group and its options."""
+
+_SEVERAL = ("callbacks", "logger")
+
+
+class ComposedRun:
+    """The experiment of a run, out of what Hydra kept in ``.hydra/``.
+
+    Args:
+        run: The run.
+        compose: What Hydra composes; handed in, since `cli` alone knows Hydra.
+        options: The groups and options that there are.
+
+    Attributes:
+        config: The configuration, unresolved.
+        folder: The user's folder of configuration, if one was given.
+        groups: Configuration group to its option or options.
+        added: The groups that the package's defaults do not have.
+        body: The run's own values.
+        kept: Keys that the run did not have, and that come back with the groups.
+
+    Raises:
+        UsageError: Hydra did not make the run, or its files or folder are gone.
+    """
+
+    def __init__(self, run: "Run", compose: Compose, options: Groups) -> None:
+        self.config = _read(run, "config.yaml")
+        runtime = (_read(run, "hydra.yaml").get("hydra") or {}).get("runtime") or {}
+        self.folder = _folder(runtime)
+        self.groups = _groups(runtime, self.config, options(self.folder))
+        self.added = [group for group in self.groups if group not in _primary()]
+        overrides = [
+            _override(group, option, added=group in self.added)
+            for group, option in self.groups.items()
+        ]
+        base = compose(overrides, self.folder)
+        self.body = difference(base, self.config)
+        self.kept = not_taken_away(base, self.config)
+
+
+def _groups(
+    runtime: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Sequence[str]]
+) -> dict[str, object]:
+    choices = runtime.get("choices") or {}
+    groups: dict[str, object] = {}
+    primary = _primary()
+    for group in {**primary, **choices}:
+        if group == "experiment" or group.startswith("hydra/"):
+            continue
+        if group in choices or group not in _SEVERAL:
+            if choices.get(group) is not None or primary.get(group) is not None:
+                groups[group] = choices.get(group)
+            continue
+        # a list of options leaves no choice behind: each option is a node of its own name
+        nodes = config.get(group)
+        named = nodes if isinstance(nodes, Mapping) else {}
+        groups[group] = [
+            name
+            for name, node in named.items()
+            if name in options.get(group, ()) and isinstance(node, Mapping) and "_target_" in node
+        ]
+    return groups
+
+
+def _primary() -> dict[str, str | None]:
+    """The groups in the defaults of the package, with their options."""
+    import yaml
+
+    text = (resources.files("lightning_diag.conf") / "train.yaml").read_text("utf-8")
+    defaults = [one for one in yaml.safe_load(text)["defaults"] if isinstance(one, dict)]
+    named = {group: option for one in defaults for group, option in one.items()}
+    return {group: named[group] for group in named if not group.startswith("override ")}
+
+
+def _override(group: str, option: object, *, added: bool) -> str:
+    if option is None:
+        return f"~{group}"
+    chosen = f"[{','.join(option)}]" if isinstance(option, list) else option
+    return f"{'+' * added}{group}={chosen}"
+
+
+def _read(run: "Run", name: str) -> dict[str, Any]:
+    import yaml
+
+    file = run.path / ".hydra" / name
+    try:
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            "`--apply` needs a run that `lightning-diag train` made, which keeps what Hydra "
+            f"composed; there is no `{file}`. Without `--apply` the report shows the overrides."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"`{file}` must be YAML, got {error}.") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"`{file}` must hold a mapping, got {type(found).__name__}.")
+    return found
+
+
+def _folder(runtime: Mapping[str, Any]) -> str | None:
+    from pathlib import Path
+
+    for source in runtime.get("config_sources") or []:
+        if source.get("provider") == "command-line":
+            folder = str(source.get("path")).removeprefix("file://")
+            if not Path(folder).is_dir():
+                raise UsageError(
+                    f"The run was composed with `--config-dir {folder}`, which is not there."
+                )
+            return folder
+    return None

@@ -1,0 +1,168 @@
+"""A run's experiment, with the changes that its findings ask for, as a file for Hydra."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lightning_diag.report.norms import WHOLE
+from lightning_diag.rules.finding import Finding
+from lightning_diag.rules.repair import Change
+
+__all__ = ["difference", "experiment_yaml", "in_a_line", "not_taken_away"]
+
+_PER_RUN = ("run_dir", "ckpt_path")
+_REMOVABLE = ("callbacks", "logger")  # groups in which null stands for "not there"
+_MISSING = object()
+
+
+def difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be laid over `base` to get `config`, but for what names one run.
+
+    Interpolations such as ``${optimizer}`` are compared as they are written, so that a value which
+    follows another one goes on following it.
+
+    Args:
+        base: What the groups alone compose, unresolved.
+        config: What the run was composed to, unresolved.
+
+    Returns:
+        A tree of the values that differ. A callback or logger that was taken away is null in it.
+    """
+    found = _difference(base, config)
+    for key in _PER_RUN:
+        found.pop(key, None)
+    for group in _REMOVABLE:
+        was, has = base.get(group), config.get(group)
+        if isinstance(was, Mapping) and isinstance(has, Mapping):
+            gone = {name: None for name in was if name not in has}
+            if gone:
+                found[group] = {**found.get(group, {}), **gone}
+    return found
+
+
+def not_taken_away(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Keys that `base` gives a value and the run did not have, which an experiment cannot undo."""
+    return [
+        key
+        for key in _removed(base, config)
+        if not (key.count(".") == 1 and key.partition(".")[0] in _REMOVABLE)
+    ]
+
+
+def _difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        old = base.get(key, _MISSING)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            inner = _difference(old, value)
+            if inner:
+                found[key] = inner
+        elif old is _MISSING or old != value or type(old) is not type(value):
+            found[key] = value
+    return found
+
+
+def _removed(base: Mapping[str, Any], config: Mapping[str, Any], above: str = "") -> Iterable[str]:
+    for key, old in base.items():
+        if key not in config:
+            if old is not None:
+                yield f"{above}{key}"
+        elif isinstance(old, Mapping) and isinstance(config[key], Mapping):
+            yield from _removed(old, config[key], f"{above}{key}.")
+
+
+def experiment_yaml(
+    groups: Mapping[str, object],
+    added: Sequence[str],
+    body: Mapping[str, Any],
+    made: Sequence[Change],
+    *,
+    title: str,
+    kept: Sequence[str] = (),
+) -> str:
+    """The text of an experiment: the run's groups, its own values, and the changes.
+
+    Each change has a comment line that says what was before and which finding asks for it.
+
+    Args:
+        groups: Configuration group to the option, or options, that the run chose.
+        added: Those of the groups that the package's own defaults do not have.
+        body: The run's own values, see `difference`.
+        made: The changes.
+        title: Says what the file is, in a line.
+        kept: Keys that the run did not have, and that come back with the groups.
+    """
+    lines = ["# @package _global_", f"# {_one_line(title)}"]
+    lines += [f"# The run did not have `{key}`, which comes back with its group." for key in kept]
+    lines += ["defaults:"]
+    for group, option in groups.items():
+        prefix = "/" if group in added else "override /"
+        lines.append(f"  - {prefix}{group}: {in_a_line(option)}")
+    tree: dict[str, Any] = {}
+    _lay(tree, body)
+    notes = {change.path: _note(change) for change in made}
+    for change in made:
+        _put(tree, change.path, change.value)
+    lines += ["", *_written(tree, notes, ())]
+    return "\n".join(lines) + "\n"
+
+
+def in_a_line(value: object) -> str:
+    """A value in one line of YAML.
+
+    Example:
+        >>> in_a_line([1.0e-4, None, "a: b"])
+        "[0.0001, null, 'a: b']"
+    """
+    import json
+
+    import yaml
+
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
+    )
+    text = text.removesuffix("\n").removesuffix("\n...")
+    return text if len(text.splitlines()) == 1 else json.dumps(value)
+
+
+def _lay(tree: dict[str, Any], body: Mapping[str, Any]) -> None:
+    for key, value in body.items():
+        if isinstance(value, Mapping):
+            tree[key] = {}
+            _lay(tree[key], value)
+        else:
+            tree[key] = value
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], value: object) -> None:
+    for part in path[:-1]:
+        if not isinstance(tree.get(part), dict):
+            tree[part] = {}
+        tree = tree[part]
+    tree[path[-1]] = value
+
+
+def _note(change: Change) -> str:
+    one: Finding = change.finding
+    since = "" if one.first_step is None else f", since step {one.first_step}"
+    before = in_a_line(change.before)
+    return f"# was {before}; {one.rule}, {_one_line(one.component or WHOLE)}{since}"
+
+
+def _written(
+    tree: Mapping[str, Any], notes: Mapping[tuple[str, ...], str], above: tuple[str, ...]
+) -> list[str]:
+    lines, indent = [], "  " * len(above)
+    for key, value in tree.items():
+        path = (*above, str(key))
+        if path in notes:
+            lines.append(f"{indent}{notes[path]}")
+        if isinstance(value, Mapping) and value:
+            lines.append(f"{indent}{in_a_line(key)}:")
+            lines += _written(value, notes, path)
+        else:
+            lines.append(f"{indent}{in_a_line(key)}: {in_a_line(value)}")
+    return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

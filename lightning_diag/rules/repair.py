@@ -1,0 +1,118 @@
+"""The overrides of several findings as one set of changes, in which causes come first."""
+
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_diag.rules.finding import Finding
+
+__all__ = ["Change", "changed_config", "changes", "left_out"]
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of a configuration, and the finding that asks for another value.
+
+    Args:
+        path: The key, part by part, as in ``("optimizer", "lr")``.
+        before: The value that the run had; None where it had none.
+        value: The value to try.
+        finding: Why.
+    """
+
+    path: tuple[str, ...]
+    before: object
+    value: object
+    finding: Finding
+
+    @property
+    def key(self) -> str:
+        """The path with dots, as one writes it on the command line."""
+        return ".".join(self.path)
+
+
+def changes(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[Change]:
+    """What to change: each key once, as the first finding in the list asks for it.
+
+    Findings that another one in the list explains change nothing: what they ask for treats a
+    symptom. Nor do notes, of severity ``info``. Mappings are merged entry by entry, so that two
+    components may each have a learning rate of their own.
+
+    Args:
+        findings: Causes first, as `diagnose` returns them.
+        config: The configuration of the run.
+    """
+    found = list(findings)
+    chosen: dict[tuple[str, ...], Change] = {}
+    for finding in found:
+        if finding.rank == 0 or _explained(finding, found):
+            continue
+        for path, value in _leaves(finding, config):
+            before = _at(config, path)
+            if path not in chosen and value != before:
+                known = None if before is _MISSING else before
+                chosen[path] = Change(path, known, value, finding)
+    return list(chosen.values())
+
+
+def left_out(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[tuple[Finding, str]]:
+    """The findings above ``info`` whose overrides `changes` does not apply, and why not."""
+    found = list(findings)
+    made = {change.path: change for change in changes(found, config)}
+    told = []
+    for finding in found:
+        if finding.rank == 0 or not finding.overrides:
+            continue
+        if _explained(finding, found):
+            told.append((finding, f"explained by {finding.caused_by}"))
+            continue
+        for path, value in _leaves(finding, config):
+            if path in made and made[path].finding is not finding and made[path].value != value:
+                reason = f"{made[path].key} is changed for {made[path].finding.rule}"
+                told.append((finding, reason))
+    return told
+
+
+def changed_config(config: Mapping[str, Any], made: Iterable[Change]) -> dict[str, Any]:
+    """A copy of a configuration with changes in it."""
+    result = deepcopy(dict(config))
+    for change in made:
+        place = result
+        for part in change.path[:-1]:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        place[change.path[-1]] = deepcopy(change.value)
+    return result
+
+
+def _explained(finding: Finding, findings: list[Finding]) -> bool:
+    return finding.caused_by is not None and any(
+        one.rule == finding.caused_by and one.rank > 0 for one in findings
+    )
+
+
+def _leaves(
+    finding: Finding, config: Mapping[str, Any]
+) -> Iterable[tuple[tuple[str, ...], object]]:
+    """Paths and values that a finding asks for; of a mapping, the entries that are new."""
+    for key, value in finding.overrides.items():
+        path = tuple(key.split("."))
+        if not isinstance(value, Mapping):
+            yield path, value
+            continue
+        for name, one in value.items():
+            if one != _at(config, (*path, name)):
+                yield (*path, name), one
+
+
+def _at(config: Mapping[str, Any], path: tuple[str, ...]) -> object:
+    found: object = config
+    for part in path:
+        if not isinstance(found, Mapping) or part not in found:
+            return _MISSING
+        found = found[part]
+    return found

@@ -1,0 +1,298 @@
+"""The overrides of a finding: for keys that are there, in the right direction, no further."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_diag.rules import Finding, remedies
+
+ADAM = {"_target_": "torch.optim.AdamW", "lr": 1e-3}
+SGD = {"_target_": "torch.optim.SGD", "lr": 0.1}
+ALL = {
+    "optimizer": {**ADAM, "weight_decay": 0.01},
+    "component_lrs": None,
+    "hardware": {"precision": "16-mixed", "accumulate": 2, "num_workers": 1, "batch_size": 8},
+    "trainer": {"gradient_clip_val": 1.0, "max_steps": 100},
+    "model": {
+        "warmup_share": 0.0,
+        "schedule": "cosine",
+        "schedule_steps": 20,
+        "activation": "relu",
+        "init_scale": 4.0,
+        "dropout": 0.1,
+    },
+    "data": {"standardize": False},
+}
+REMEDIES = [getattr(remedies, name) for name in remedies.__all__]
+
+
+def finding(observed=None, unit="update over weight", severity="warning", **more):
+    return Finding(
+        rule="learning_rate_too_high", severity=severity, observed=observed, unit=unit, **more
+    )
+
+
+def paths(config, above=""):
+    for key, value in config.items():
+        yield f"{above}{key}"
+        if isinstance(value, dict):
+            yield from paths(value, f"{above}{key}.")
+
+
+@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"optimizer": None, "model": 3, "trainer": [], "hardware": "auto", "component_lrs": 1}],
+)
+@pytest.mark.parametrize("observed", [None, 0.0, math.inf, math.nan, -1.0])
+def test_a_key_that_is_not_there_is_not_overridden(remedy, config, observed):
+    found = remedy(finding(observed, component="head", first_step=3), config)
+    assert set(found) <= set(paths(config))
+
+
+@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda one: one.__name__)
+@settings(max_examples=25)  # for each of them
+@given(
+    keys=st.sets(st.sampled_from([key for key in paths(ALL) if "." in key])),
+    observed=st.one_of(st.none(), st.floats(allow_nan=True)),
+    step=st.one_of(st.none(), st.integers(0, 10**6)),
+)
+def test_only_keys_of_the_configuration_and_three_digits(remedy, keys, observed, step):
+    config = {}
+    for key in keys:
+        group, _, name = key.partition(".")
+        config.setdefault(group, {})[name] = ALL[group][name]
+    found = remedy(finding(observed, component="head", first_step=step), config)
+    assert set(found) <= set(paths(config))
+    for value in found.values():
+        if isinstance(value, float):
+            assert math.isfinite(value)
+            assert value == float(f"{value:.3g}")
+
+
+@pytest.mark.parametrize("name", ["calm_steps", "calm_start", "leave_half_precision"])
+@pytest.mark.parametrize("clip", [None, 1e-3, 0.5, 1.0, 5.0, 1e6])
+def test_calm_never_loosens_a_clip_and_never_raises_a_rate(name, clip):
+    config = {**ALL, "trainer": {"gradient_clip_val": clip}}
+    found = getattr(remedies, name)(finding(1e9, "l2 norm", first_step=0), config)
+    assert found["trainer.gradient_clip_val"] <= (clip or math.inf)
+    assert found["trainer.gradient_clip_val"] <= 1.0
+    assert found["optimizer.lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("observed", "rate"),
+    [(0.5, 0.002), (0.1, 0.01), (0.02, 0.05), (0.015, 0.05), (1e-9, 0.05), (1e9, 0.001)],
+)
+def test_the_rate_falls_as_far_as_the_updates_are_too_large(observed, rate):
+    # 0.01 over the update, 0.01 to 0.5
+    found = remedies.lower_rate(finding(observed), {"optimizer": SGD})
+    assert found == {"optimizer.lr": pytest.approx(rate, rel=1e-12)}
+
+
+def test_without_updates_the_rate_falls_by_the_severity():
+    mild = remedies.lower_rate(finding(7.0, "times its best"), {"optimizer": SGD})
+    grave = remedies.lower_rate(finding(7.0, "loss", severity="critical"), {"optimizer": SGD})
+    assert (mild, grave) == ({"optimizer.lr": 0.03}, {"optimizer.lr": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("observed", "threshold", "rate"),
+    [
+        (8.0, 2.0, 0.015),
+        (1e9, 2.0, 0.003),
+        (2.0, 2.0, 0.01),
+        (None, 2.0, 0.01),
+        (math.inf, 2, 0.01),
+    ],
+)
+def test_the_rate_falls_with_the_root_of_a_loss_that_jumped(observed, threshold, rate):
+    jump = finding(observed, "times the loss at the start", "critical", threshold=threshold)
+    assert remedies.lower_rate(jump, {"optimizer": SGD}) == {"optimizer.lr": pytest.approx(rate)}
+
+
+def test_adam_comes_down_to_where_networks_train():
+    for rate, new in [(3.0, 3e-3), (0.02, 2e-3), (1e-3, 1e-4)]:
+        config = {"optimizer": {**ADAM, "lr": rate}}
+        assert remedies.lower_rate(finding(0.1), config) == {"optimizer.lr": new}
+
+
+@pytest.mark.parametrize(
+    ("observed", "factor"), [(3e-4, 10.0), (2.9e-3, 2.0), (1e-9, 1000.0), (None, 3.0)]
+)
+def test_the_rate_rises_as_far_as_the_updates_are_too_small(observed, factor):
+    config = {"optimizer": {**SGD, "lr": 1e-6}}
+    assert remedies.raise_rate(finding(observed), config) == {
+        "optimizer.lr": pytest.approx(1e-6 * factor)
+    }
+
+
+def test_adam_is_not_raised_above_a_hundredth():
+    config = {"optimizer": {**ADAM, "lr": 5e-3}}
+    assert remedies.raise_rate(finding(1e-6), config) == {"optimizer.lr": 0.01}
+    config = {"optimizer": {**ADAM, "lr": 0.02}}
+    assert remedies.raise_rate(finding(1e-6), config) == {}
+
+
+@given(st.floats(1e-8, 1e3), st.one_of(st.none(), st.floats(1e-12, 1e12)))
+def test_lower_is_lower_and_higher_is_higher(rate, observed):
+    config = {"optimizer": {**SGD, "lr": float(f"{rate:.3g}")}}
+    old = config["optimizer"]["lr"]
+    lower = remedies.lower_rate(finding(observed), config)["optimizer.lr"]
+    higher = remedies.raise_rate(finding(observed), config)["optimizer.lr"]
+    assert 0.0099 * old <= lower <= 0.505 * old
+    assert 1.99 * old <= higher <= 1005 * old
+
+
+def test_a_component_with_a_rate_that_is_off_is_brought_back_alone():
+    config = {"optimizer": ADAM, "component_lrs": {"head": 100.0, "body": 0.01, "still": 0.0}}
+    head = finding(0.5, component="head")
+    assert remedies.lower_rate(head, config) == {
+        "component_lrs": {"head": 2.0, "body": 0.01, "still": 0.0}
+    }
+    assert remedies.lower_rate(finding(9.0, component="head"), config) == {
+        "component_lrs": {"head": 1.0, "body": 0.01, "still": 0.0}
+    }
+    body = finding(1e-6, component="body")
+    assert remedies.raise_rate(body, config)["component_lrs"]["body"] == 1.0
+    still = finding(0.0, component="still")
+    assert remedies.raise_rate(still, config)["component_lrs"]["still"] == 1.0
+    assert remedies.lower_rate(still, config) == {}
+    # one that is not too high itself, and the whole model: the rate of all
+    assert remedies.lower_rate(finding(0.5, component="body"), config) == {"optimizer.lr": 2e-5}
+    assert remedies.lower_rate(finding(0.5), config) == {"optimizer.lr": 2e-5}
+
+
+@pytest.mark.parametrize(
+    ("share", "new"), [(0, 0.1), (0.05, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, None), (1.0, None)]
+)
+def test_warmup_gets_longer_up_to_three_tenths(share, new):
+    found = remedies.set_warmup(finding(first_step=0), {"model": {"warmup_share": share}})
+    assert found == ({} if new is None else {"model.warmup_share": new})
+
+
+def test_warmup_answers_nothing_that_begins_late():
+    assert remedies.set_warmup(finding(first_step=31), ALL) == {}
+    assert remedies.set_warmup(finding(first_step=30), ALL) == {"model.warmup_share": 0.1}
+
+
+def test_a_schedule_fits_the_run():
+    fitted = remedies.steady_schedule(finding(), ALL)
+    assert fitted == {"model.schedule_steps": 100}
+    unknown = {**ALL, "trainer": {"max_steps": -1}}
+    assert remedies.steady_schedule(finding(), unknown) == {"model.schedule": "constant"}
+    long = {"model": {"warmup_share": 0.9, "schedule": "cosine"}}
+    assert remedies.steady_schedule(finding(), long) == {"model.warmup_share": 0.1}
+    fine = {"model": {"schedule": "constant", "warmup_share": 0.1, "schedule_steps": 100}}
+    assert remedies.steady_schedule(finding(), {**ALL, **fine}) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        *(("relu", "leaky_relu"), ("ReLU", "leaky_relu"), ("tanh", "gelu"), ("sigmoid", "gelu")),
+        *(("gelu", None), ("leaky_relu", None), ("identity", None), (None, None), (3, None)),
+    ],
+)
+def test_activation(old, new):
+    found = remedies.change_activation(finding(), {"model": {"activation": old}})
+    assert found == ({} if new is None else {"model.activation": new})
+
+
+@pytest.mark.parametrize(
+    ("old", "smaller", "larger"), [(8, 1.0, None), (1.0, 0.5, None), (0.01, 0.005, 1.0)]
+)
+def test_init(old, smaller, larger):
+    config = {"model": {"init_scale": old}}
+    assert remedies.smaller_init(finding(), config) == {"model.init_scale": smaller}
+    expected = {} if larger is None else {"model.init_scale": larger}
+    assert remedies.larger_init(finding(), config) == expected
+
+
+def test_units_that_died_in_training_were_killed_by_a_step():
+    config = {"optimizer": SGD, "model": {"activation": "relu", "init_scale": 1.0}}
+    assert remedies.revive_units(finding(first_step=0), config) == {
+        "model.activation": "leaky_relu"
+    }
+    assert remedies.revive_units(finding(first_step=40), config) == {
+        "model.activation": "leaky_relu",
+        "optimizer.lr": 0.03,
+    }
+    large = {"model": {"activation": "gelu", "init_scale": 20.0}, "optimizer": SGD}
+    assert remedies.revive_units(finding(first_step=0), large) == {"model.init_scale": 1.0}
+    assert remedies.revive_units(finding(first_step=0), {"optimizer": SGD}) == {
+        "optimizer.lr": 0.03
+    }
+
+
+def test_a_start_that_is_too_large_is_made_usual():
+    found = remedies.calm_start(finding(first_step=0), ALL)
+    assert found == {
+        "optimizer.lr": 3e-4,
+        "trainer.gradient_clip_val": 0.5,
+        "model.warmup_share": 0.1,
+        "model.init_scale": 1.0,
+    }
+
+
+def test_a_gradient_that_vanishes():
+    weak = {"model": {"activation": "sigmoid", "init_scale": 0.1}, "optimizer": SGD}
+    assert remedies.strengthen_gradient(finding(), weak) == {
+        "model.init_scale": 1.0,
+        "model.activation": "gelu",
+    }
+    plain = {"optimizer": SGD, "component_lrs": None, "model": {"activation": "relu"}}
+    encoder = finding(component="encoder")
+    assert remedies.strengthen_gradient(encoder, plain) == {"component_lrs": {"encoder": 3.0}}
+
+
+def test_clip_of_plain_sgd_is_loosened_only_where_it_is_very_tight():
+    tight = {"optimizer": SGD, "trainer": {"gradient_clip_val": 1e-3}}
+    assert remedies.loosen_clip(finding(0.01), tight) == {"trainer.gradient_clip_val": 0.1}
+    assert remedies.loosen_clip(finding(1e-5), tight) == {"trainer.gradient_clip_val": 1.0}
+    usual = {"optimizer": SGD, "trainer": {"gradient_clip_val": 1.0}}
+    assert remedies.loosen_clip(finding(0.01), usual) == {}
+    adam = {"optimizer": ADAM, "trainer": {"gradient_clip_val": 1.0}}
+    assert remedies.loosen_clip(finding(0.01), adam) == {"trainer.gradient_clip_val": 100.0}
+    assert remedies.loosen_clip(finding(2.0), adam) == {}
+    assert remedies.loosen_clip(finding(0.01, caused_by="exploding_gradient"), adam) == {}
+
+
+@pytest.mark.parametrize(
+    ("precision", "new"),
+    [("16-mixed", "bf16-mixed"), ("16-true", "bf16-true"), (16, "bf16-mixed"), ("32-true", None)],
+)
+def test_half_precision(precision, new):
+    found = remedies.leave_half_precision(finding(), {"hardware": {"precision": precision}})
+    assert found == ({} if new is None else {"hardware.precision": new})
+
+
+@pytest.mark.parametrize(
+    ("old", "more", "fewer"), [(1, 4, None), (4, 8, None), (8, None, 1), (64, None, 8)]
+)
+def test_accumulation(old, more, fewer):
+    config = {"hardware": {"accumulate": old}, "optimizer": SGD}
+    key = "hardware.accumulate"
+    assert remedies.more_accumulated(finding(), config) == ({} if more is None else {key: more})
+    assert remedies.fewer_accumulated(finding(), config) == ({} if fewer is None else {key: fewer})
+    expected = {"optimizer.lr": 0.3} if fewer is None else {key: fewer}
+    assert remedies.quicken(finding(), config) == expected
+
+
+@pytest.mark.parametrize(("old", "new"), [(0, 2), (1, 2), (4, 8), (12, 16), (16, None), (True, 0)])
+def test_workers(old, new):
+    found = remedies.more_workers(finding(), {"hardware": {"num_workers": old}})
+    assert found == ({"hardware.num_workers": new} if new else {})
+
+
+def test_regularize_and_standardize():
+    assert remedies.regularize(finding(), ALL) == {
+        "optimizer.weight_decay": 0.1,
+        "model.dropout": 0.3,
+    }
+    none = {"optimizer": {"weight_decay": 0.0}, "model": {"dropout": 0.5}}
+    assert remedies.regularize(finding(), none) == {"optimizer.weight_decay": 0.01}
+    assert remedies.standardize_data(finding(), ALL) == {"data.standardize": True}
+    assert remedies.standardize_data(finding(), {"data": {"standardize": True}}) == {}
