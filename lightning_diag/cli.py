@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib import import_module, metadata, resources
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,32 +17,40 @@ from lightning_diag.commands import lr_cache
 from lightning_diag.commands.aggregate import aggregate
 from lightning_diag.commands.clip_value import clip_value
 from lightning_diag.commands.compare import compare
+from lightning_diag.commands.composed import Composed
+from lightning_diag.commands.doctor import doctor
 from lightning_diag.commands.errors import UsageError, plain_errors
+from lightning_diag.commands.help import EPILOG, debugging, named_shell
 from lightning_diag.commands.jobs import claim, command, own_process_group, telling
 from lightning_diag.commands.monitor import monitor
-from lightning_diag.commands.thresholds import check_thresholds
-from lightning_diag.spelling import did_you_mean, leaf_keys, nearest, takes, unknown_arguments
+from lightning_diag.commands.overrides import (
+    check_sweep,
+    config_groups,
+    experiment_files,
+    no_key,
+    option_names,
+    resumed,
+    search_path,
+    unnamed_experiment,
+)
+from lightning_diag.commands.training import best_metric, check, progress
+from lightning_diag.spelling import did_you_mean, leaf_keys
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lightning_diag.lightning import Callback, LightningDataModule, LightningModule, Trainer
+    from lightning_diag.lightning import LightningDataModule, LightningModule
 
 __all__ = ["app", "main", "make_for_batch_size"]
 
 app = typer.Typer(
     name="lightning-diag",
     help="Which part of the network is sick, since when, why, and what to change.",
+    epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(lr_cache.app, name="lr-cache")
-app.command()(aggregate)
-app.command("clip-value")(clip_value)
-app.command()(compare)
-app.command()(monitor)
 Apply = Annotated[
     Path | None,
     typer.Option(
@@ -57,15 +65,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show where in the code an 
 
 _HYDRA_ARGUMENTS = {"ignore_unknown_options": True, "allow_extra_args": True}
 _SWEEP = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
-_FILES: dict[str, str] = {}  # overrides as Hydra knows them, to those that name a file
+_FILES: dict[str, str] = {}  # experiments that are files, by the name that Hydra knows
 
 
 def main() -> None:
     """Run the command line."""
+    named_shell(sys.argv[1:])
     app()
 
 
-@app.command(context_settings=_HYDRA_ARGUMENTS)
+@app.callback()
+def everywhere(context: typer.Context, debug: Debug = False) -> None:
+    """Take what stands before the name of a command."""
+    if debug:
+        context.default_map = debugging(context.command)
+
+
 def train(context: typer.Context, debug: Debug = False) -> None:
     """Train one experiment, watched by the diagnostics: `experiment=NAME [KEY=VALUE ...]`.
 
@@ -80,7 +95,6 @@ def train(context: typer.Context, debug: Debug = False) -> None:
         _hydra(context.args)
 
 
-@app.command(name="batch-size", context_settings=_HYDRA_ARGUMENTS)
 def batch_size(context: typer.Context, debug: Debug = False) -> None:
     """Measure batch sizes: `experiment=NAME batch_sizes=[16,32,64] [epochs=5] [KEY=VALUE ...]`.
 
@@ -98,7 +112,6 @@ def batch_size(context: typer.Context, debug: Debug = False) -> None:
     raise typer.Exit(status)
 
 
-@app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of the run.")],
     apply: Apply = None,
@@ -118,15 +131,39 @@ def report(
     with plain_errors(debug):
         from lightning_diag.commands.report import report
 
-        status = report(run, threshold or [], apply, force, _compose_unresolved, _groups)
+        status = report(run, threshold or [], apply, force, _compose_unresolved, config_groups)
     raise typer.Exit(0 if no_fail else status)
 
 
-@app.command()
-def version() -> None:
+def version(debug: Debug = False) -> None:
     """Print the versions of lightning-diag and of what it stands on."""
-    for package in ("lightning-diag", "torch", "pytorch-lightning", "hydra-core"):
-        typer.echo(f"{package} {metadata.version(package)}")
+    with plain_errors(debug):
+        for package in ("lightning-diag", "torch", "pytorch-lightning", "hydra-core"):
+            typer.echo(f"{package} {metadata.version(package)}")
+
+
+def _register() -> None:
+    """Enter the commands in the order in which a user meets them, each with its line of help."""
+    hydra = {"context_settings": _HYDRA_ARGUMENTS}
+    own: dict[str, Any] = {}
+    for function, settings, line in (
+        (train, hydra, "Train one experiment, watched by the diagnostics."),
+        (report, own, "Say what is wrong in a run, why, and what to try."),
+        (compare, own, "Say what changed from one run to another."),
+        (monitor, own, "Show a run on a page while it trains."),
+        (aggregate, own, "Sum up runs that differ in their seed."),
+        (batch_size, hydra, "Measure which batch size fits, and how fast it is."),
+        (clip_value, own, "Suggest a clip value from a run's gradient norms."),
+        (doctor, own, "Say what is installed, and what is missing."),
+        (version, own, "Print the versions of what this stands on."),
+    ):
+        name = function.__name__.replace("_", "-")
+        app.command(name, short_help=line, **settings)(function)
+    line = "List, show or clear the learning rates that were found."
+    app.add_typer(lr_cache.app, name="lr-cache", short_help=line)
+
+
+_register()
 
 
 def _hydra(arguments: list[str]) -> None:
@@ -139,12 +176,12 @@ def _hydra(arguments: list[str]) -> None:
     overrides = _with_experiment_files(overrides, folder)
     sweep = bool(_SWEEP & {*options, *overrides})
     if sweep:
-        _check_sweep(overrides)
+        check_sweep(overrides)
     before = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them
     sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
-    resumed = [] if sweep else _resumed(overrides)
-    sys.argv = [before[0], *overrides, *resumed, *options]
+    again = [] if sweep else resumed(overrides)
+    sys.argv = [before[0], *overrides, *again, *options]
     run = hydra.main("pkg://lightning_diag.conf", config_name="train", version_base="1.3")
     try:
         run(_fit)()
@@ -152,16 +189,6 @@ def _hydra(arguments: list[str]) -> None:
         raise UsageError(_explain(error, overrides, folder)) from error
     finally:
         sys.argv = before
-
-
-def _check_sweep(overrides: list[str]) -> None:
-    for override in overrides:
-        key, _, folder = override.partition("=")
-        if key.lstrip("+") in {"run_dir", "hydra.run.dir"}:
-            raise UsageError(
-                f"`{key}` is the folder of one run, a sweep has a folder for each of its jobs: "
-                f"write `hydra.sweep.dir={folder}`."
-            )
 
 
 def _split(arguments: list[str], command: str) -> tuple[list[str], list[str], str | None]:
@@ -186,31 +213,21 @@ def _with_experiment_files(overrides: list[str], folder: str | None) -> list[str
     """Overrides in which an experiment that is a file, as of `report --apply`, has a name."""
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     known = []
     for override in overrides:
-        key, _, file = override.partition("=")
-        if key != "experiment" or not file.endswith(".yaml"):
-            known.append(override)
-            continue
-        if not Path(file).is_file():
-            raise UsageError(f"`experiment` names a file that is not there, got `{file}`.")
-        name = re.sub(r"[^\w.-]", "_", Path(file).stem)
-        name += "_file" * (name in _groups(folder).get("experiment", ()))
-        node = OmegaConf.load(file)
-        ConfigStore.instance().store(name, node, group="experiment", package="_global_")
-        known.append(f"experiment={name}")
-        _FILES[known[-1]] = f"experiment={Path(file).absolute()}"
+        taken = {**dict.fromkeys(config_groups(folder).get("experiment", ()), ""), **_FILES}
+        files = experiment_files(override, taken)
+        for name, file in (files or {}).items():
+            try:
+                node = OmegaConf.load(file)
+            except YAMLError as error:
+                raise UsageError(f"`{file}` must be YAML, got {error}.") from error
+            ConfigStore.instance().store(name, node, group="experiment", package="_global_")
+            _FILES[name] = file
+        known.append(override if files is None else f"experiment={','.join(files)}")
     return known
-
-
-def _resumed(overrides: list[str]) -> list[str]:
-    """A checkpoint of a run is resumed in the folder of that run, unless told otherwise."""
-    given = dict(override.partition("=")[::2] for override in overrides)
-    checkpoint = Path(given.get("ckpt_path", "").strip("'\""))
-    if checkpoint.parent.name != "checkpoints" or given.keys() & {"run_dir", "hydra.run.dir"}:
-        return []
-    return [f"run_dir='{checkpoint.parent.parent}'"]
 
 
 def _fit(config: "DictConfig") -> float | None:
@@ -220,13 +237,19 @@ def _fit(config: "DictConfig") -> float | None:
     plain, hydra = _completed(config), HydraConfig.get()
     sweep = hydra.mode is not None and hydra.mode.name == "MULTIRUN"
     own = not sweep or hydra.runtime.choices["hydra/launcher"] == "basic"
-    given = [_FILES.get(override, override) for override in hydra.overrides.task]
-    arguments = ["train", *given, *_search_path(hydra)]
+    given = [_as_file(override) for override in hydra.overrides.task]
+    arguments = ["train", *given, *search_path(hydra)]
     with telling(plain["run_dir"]) if sweep else nullcontext():
-        _check(plain)
+        check(plain)
         # Lightning starts its other processes with this command: this job alone, in this folder
         with command(arguments, None if own else "lightning_diag.cli"):
             return _train(plain, (hydra.job.num, hydra.overrides.task) if sweep else None)
+
+
+def _as_file(override: str) -> str:
+    """An override as another process has to be told it, which does not know our names of files."""
+    key, _, name = override.partition("=")
+    return f"experiment={_FILES[name]}" if key == "experiment" and name in _FILES else override
 
 
 def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> float | None:
@@ -238,7 +261,7 @@ def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> f
     import_module(door.PACKAGE).seed_everything(plain["seed"], workers=True, verbose=False)
     data, model = _build(plain["data"], "data"), _build(plain["model"], "model")
     callbacks, loggers = _build_all(plain, "callbacks"), _build_all(plain, "logger")
-    callbacks = [RunDetails(plain), *callbacks, *_progress(plain, callbacks)]
+    callbacks = [RunDetails(plain), *callbacks, *progress(plain, callbacks)]
     trainer = _build(plain["trainer"], "trainer", callbacks=callbacks, logger=loggers)
     if trainer.is_global_zero:
         if job is not None:
@@ -249,7 +272,7 @@ def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> f
         trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
     if trainer.is_global_zero:
         typer.echo(f"trained; next: lightning-diag report {plain['run_dir']}")
-    return _metric(trainer, plain["monitor"])
+    return best_metric(trainer, plain["monitor"])
 
 
 def _completed(config: "DictConfig") -> dict[str, Any]:
@@ -274,24 +297,6 @@ def _completed(config: "DictConfig") -> dict[str, Any]:
         config.ckpt_path = str(last) if last.exists() else None
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     return cast("dict[str, Any]", plain)
-
-
-def _check(plain: Mapping[str, Any]) -> None:
-    check_thresholds(plain)
-    wrong = list(unknown_arguments(plain))
-    checkpoint = plain["ckpt_path"]
-    if checkpoint is not None and "://" not in checkpoint and not Path(checkpoint).exists():
-        wrong.append(f"`ckpt_path` must name a checkpoint that exists, got `{checkpoint}`.")
-    if wrong:
-        raise UsageError("\n".join(wrong))
-
-
-def _search_path(hydra: Any) -> list[str]:  # noqa: ANN401
-    given = [text for text in hydra.overrides.hydra if text.startswith("hydra.searchpath=")]
-    for source in hydra.runtime.config_sources:
-        if source.provider == "command-line":
-            given += ["--config-dir", source.path]
-    return given
 
 
 def make_for_batch_size(
@@ -330,43 +335,49 @@ def _compose_for_batch_sizes(arguments: Sequence[str]) -> tuple[str, dict[str, A
         raise UsageError(f"`batch-size` takes `--config-dir` alone, got `{' '.join(options)}`.")
     config = _composed(overrides, folder)
     plain = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-    _check(plain)
+    check(plain)
     return str(plain["name"]), {"overrides": overrides, "folder": folder}
 
 
 def _composed(overrides: list[str], folder: str | None) -> "DictConfig":
     """The configuration that `train` would get, but for the machine's settings."""
-    from hydra import compose, initialize_config_module
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # so that `recipes` and a user's own modules are found
-    path = _searched(folder)
     overrides = _with_experiment_files(overrides, folder)
+    config, _ = _hydra_config(overrides, folder)
     try:
-        with initialize_config_module("lightning_diag.conf", version_base="1.3"):
-            config = compose("train", [*overrides, *path])
         OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UsageError(_explain(error, overrides, folder)) from error
     return config
 
 
-def _compose_unresolved(overrides: list[str], folder: str | None) -> dict[str, Any]:
-    """What overrides compose, with its interpolations as they are written."""
+def _compose_unresolved(overrides: list[str], folder: str | None) -> Composed:
+    """What overrides compose, with its interpolations as they are written, and the choices."""
+    from omegaconf import OmegaConf
+
+    config, choices = _hydra_config(overrides, folder)
+    return cast("dict[str, Any]", OmegaConf.to_container(config)), choices
+
+
+def _hydra_config(overrides: list[str], folder: str | None) -> tuple["DictConfig", dict[str, Any]]:
+    """What overrides compose, and the option of each group."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_module("lightning_diag.conf", version_base="1.3"):
-            config = compose("train", [*overrides, *_searched(folder)])
+            config = compose("train", [*overrides, *_searched(folder)], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(_explain(error, overrides, folder)) from error
-    return cast("dict[str, Any]", OmegaConf.to_container(config))
+    choices = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return config, choices
 
 
 def _searched(folder: str | None) -> list[str]:
@@ -392,27 +403,6 @@ def _build_all(plain: Mapping[str, Any], group: str) -> list[Any]:
     return [_build(node, f"{group}.{name}") for name, node in chosen]
 
 
-def _progress(plain: Mapping[str, Any], callbacks: list["Callback"]) -> list["Callback"]:
-    """A progress bar for a pipe or a file, where the default one shows nothing before the end."""
-    from lightning_diag.lightning import callbacks as kinds
-
-    wanted = plain["trainer"].get("enable_progress_bar") is not False
-    given = any(isinstance(callback, kinds.ProgressBar) for callback in callbacks)
-    if sys.stdout.isatty() or given or not wanted:
-        return []
-    return [kinds.TQDMProgressBar(refresh_rate=10)]
-
-
-def _metric(trainer: "Trainer", monitor: str) -> float | None:
-    """The best value of the monitored metric where a checkpoint kept it, else the last."""
-    for callback in trainer.checkpoint_callbacks:
-        best = getattr(callback, "best_model_score", None)
-        if best is not None and getattr(callback, "monitor", None) == monitor:
-            return float(best)
-    last = trainer.callback_metrics.get(monitor)
-    return None if last is None else float(last)
-
-
 def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
     """What is wrong with the overrides, with the nearest right name; else what Hydra says."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -423,9 +413,9 @@ def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as unread:
         return f"`{unread.override}` cannot be read as an override: {unread.message}"
-    groups = _groups(folder)
-    groups.setdefault("experiment", []).extend(one.partition("=")[2] for one in _FILES)
-    chosen = {override.key_or_group: _names(override.value()) for override in parsed}
+    groups = config_groups(folder)
+    groups.setdefault("experiment", []).extend(_FILES)
+    chosen = {override.key_or_group: option_names(override.value()) for override in parsed}
     keys = [key for key in chosen if key not in groups and not key.startswith("hydra")]
     chosen = {key: names for key, names in chosen.items() if key in groups}
     wrong = [
@@ -435,30 +425,10 @@ def _explain(error: Exception, overrides: list[str], folder: str | None) -> str:
         if name not in groups[key]
     ]
     if wrong or not keys:
-        return "\n".join(wrong) or _unnamed_experiment(said, groups)
+        return "\n".join(wrong) or unnamed_experiment(said, groups)
     tree = _tree(chosen, folder)
     known = [*leaf_keys(tree), *groups]
-    return "\n".join(_no_key(key, tree, known) for key in keys if key not in known) or said
-
-
-def _groups(folder: str | None) -> dict[str, list[str]]:
-    """Each configuration group, with the names that can be chosen in it."""
-    roots = [Path(str(resources.files("lightning_diag.conf")))]
-    roots += [Path(folder)] if folder else []
-    groups: dict[str, list[str]] = {}
-    for root in roots:
-        for group in filter(Path.is_dir, root.rglob("[!_]*")):
-            names = (path.relative_to(group).with_suffix("") for path in group.rglob("*.yaml"))
-            known = groups.setdefault(group.relative_to(root).as_posix(), [])
-            known += [name.as_posix() for name in names]
-    return groups
-
-
-def _names(value: object) -> list[str]:
-    choices = getattr(value, "list", value)  # those of a sweep
-    if isinstance(choices, list):
-        return [name for choice in choices for name in _names(choice)]
-    return [choices] if isinstance(choices, str) else []
+    return "\n".join(no_key(key, tree, known) for key in keys if key not in known) or said
 
 
 def _tree(chosen: Mapping[str, list[str]], folder: str | None) -> dict[str, object]:
@@ -480,22 +450,6 @@ def _tree(chosen: Mapping[str, list[str]], folder: str | None) -> dict[str, obje
     except HydraException:
         return {}
     return cast("dict[str, object]", OmegaConf.to_container(config))
-
-
-def _no_key(key: str, tree: Mapping[str, object], known: list[str]) -> str:
-    target = takes(tree, key)
-    if target is not None:
-        return f"The configuration does not list `{key}`, `{target}` takes it: write `+{key}=`."
-    near = nearest(key, known)
-    hint = f"did you mean `{near}`?" if near else "`--cfg job` shows them all."
-    return f"The configuration has no key `{key}`; {hint}"
-
-
-def _unnamed_experiment(said: str, groups: Mapping[str, list[str]]) -> str:
-    if "You must specify" not in said:
-        return said
-    names = ", ".join(sorted(groups.get("experiment", []))) or "none yet"
-    return f"An experiment must be named, as in `experiment=NAME`; there are: {names}."
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What GradientHealth sees at one step, and the rows that it makes of the numbers."""
 
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class GradientView:
     index: list[int]
     gradients: list[Tensor | None]
     trainable: list[bool]
+    matrices: list[bool]
     frozen: list[int]
     reported: list[int]
     scale: Tensor
@@ -85,6 +87,7 @@ class GradientView:
             index=index,
             gradients=[parameter.grad for parameter in own],
             trainable=[parameter.requires_grad for parameter in own],
+            matrices=[parameter.dim() > 1 for parameter in own],
             frozen=[
                 sum(not p.requires_grad for p in assignment.parameters.get(part, {}).values())
                 for part in parts
@@ -178,7 +181,8 @@ class GradientNumbers:
         """The row of one component."""
         row: Row = {"component": self.view.parts[part], **self._own()}
         row |= self._statistics("parts", part)
-        return row | self._presence(part) | {"share": number(self._read["shares"][part])}
+        row |= self._presence(part) | {"share": number(self._read["shares"][part])}
+        return row | self._smallest(part)
 
     def whole_row(self) -> Row:
         """The row of the whole model, without what the callback's counters add."""
@@ -199,6 +203,7 @@ class GradientNumbers:
             "has_nan": int(nans > 0),
             "has_inf": int((found["nonfinite"] or 0) > nans),
             "dominant": None if dominant is None else self.view.parts[dominant],
+            **self._smallest(None),
         }
 
     def parameter_row(self, place: int) -> Row:
@@ -231,6 +236,27 @@ class GradientNumbers:
         if found["zeros"] is None:
             del found["zeros"]
         return found
+
+    def _smallest(self, part: int | None) -> Row:
+        """The weight matrix with the smallest gradient that is not zero, and the largest norm.
+
+        Biases and gains are left out: where a normalization follows, they have none by nature.
+        """
+        width, at = len(STATISTICS), STATISTICS.index("l2")
+        norms = self._read["parameters"][at::width]
+        matrices = [
+            (norms[i], self.view.names[i])
+            for i, owner in enumerate(self.view.index)
+            if part in (None, owner) and self.view.matrices[i] and 0 < norms[i] < inf
+        ]
+        if len(matrices) < 2:
+            return {}
+        least, name = min(matrices)
+        return {
+            "matrix_min": number(least),
+            "matrix_max": number(max(matrices)[0]),
+            "smallest": name,
+        }
 
     def _presence(self, part: int | None) -> Row:
         """Which parameters of a component, or of all, have no gradient or a broken one."""

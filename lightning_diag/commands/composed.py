@@ -10,10 +10,13 @@ from lightning_diag.report.experiment import difference, not_taken_away
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
 
-__all__ = ["Compose", "ComposedRun", "Groups"]
+__all__ = ["Compose", "Composed", "ComposedRun", "Groups"]
 
-Compose = Callable[[list[str], str | None], dict[str, Any]]
-"""From overrides and a folder of configuration to what Hydra composes, unresolved."""
+Composed = tuple[dict[str, Any], dict[str, Any]]
+"""What Hydra composes, unresolved, and the option of each group."""
+
+Compose = Callable[[list[str], str | None], Composed]
+"""From overrides and a folder of configuration to what they compose."""
 
 Groups = Callable[[str | None], Mapping[str, Sequence[str]]]
 """From a folder of configuration to each group and its options."""
@@ -45,39 +48,65 @@ class ComposedRun:
         self.config = _read(run, "config.yaml")
         runtime = (_read(run, "hydra.yaml").get("hydra") or {}).get("runtime") or {}
         self.folder = _folder(runtime)
-        self.groups = _groups(runtime, self.config, options(self.folder))
-        self.added = [group for group in self.groups if group not in _primary()]
-        overrides = [
-            _override(group, option, added=group in self.added)
-            for group, option in self.groups.items()
-        ]
-        base = compose(overrides, self.folder)
+        chosen = _chosen(runtime, self.config, options(self.folder))
+        self.groups, self.added, base = _laid(chosen, self.folder, compose)
         self.body = difference(base, self.config)
         self.kept = not_taken_away(base, self.config)
 
 
-def _groups(
+def _chosen(
     runtime: Mapping[str, Any], config: Mapping[str, Any], options: Mapping[str, Sequence[str]]
 ) -> dict[str, object]:
-    choices = runtime.get("choices") or {}
-    groups: dict[str, object] = {}
-    primary = _primary()
+    """Each group of the run with its option or options, None where it was taken away."""
+    choices, primary = runtime.get("choices") or {}, _primary()
+    chosen: dict[str, object] = {}
     for group in {**primary, **choices}:
         if group == "experiment" or group.startswith("hydra/"):
             continue
         if group in choices or group not in _SEVERAL:
-            if choices.get(group) is not None or primary.get(group) is not None:
-                groups[group] = choices.get(group)
+            chosen[group] = choices.get(group)
             continue
         # a list of options leaves no choice behind: each option is a node of its own name
         nodes = config.get(group)
         named = nodes if isinstance(nodes, Mapping) else {}
-        groups[group] = [
+        chosen[group] = [
             name
             for name, node in named.items()
             if name in options.get(group, ()) and isinstance(node, Mapping) and "_target_" in node
         ]
-    return groups
+    return chosen
+
+
+def _laid(
+    chosen: Mapping[str, object], folder: str | None, compose: Compose
+) -> tuple[dict[str, object], list[str], dict[str, Any]]:
+    """The groups that must be named, those of them that nothing else brings, and what they compose.
+
+    An option may bring groups of its own, as ``model=fusion`` may bring ``model/encoder``: these
+    are overridden, others are added.
+    """
+    there: Mapping[str, object] = _primary()
+    groups: dict[str, object] = {}
+    added: list[str] = []
+    while True:
+        for group in [group for group in chosen if group in there and group not in groups]:
+            if chosen[group] is not None or there[group] is not None:
+                groups[group] = chosen[group]
+        overrides = [
+            _override(group, option, added=group in added) for group, option in groups.items()
+        ]
+        base, there = compose(overrides, folder)
+        left = [
+            group
+            for group, option in chosen.items()
+            if group not in groups and option is not None and option != there.get(group)
+        ]
+        if not left:
+            return groups, added, base
+        if not any(group in there for group in left):
+            # what is higher up first: it may bring the others
+            added.append(min(left, key=lambda group: group.count("/")))
+            groups[added[-1]] = chosen[added[-1]]
 
 
 def _primary() -> dict[str, str | None]:

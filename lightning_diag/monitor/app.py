@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from starlette.applications import Starlette
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 __all__ = ["HOST", "make_app"]
 
@@ -21,12 +22,16 @@ HOST = "127.0.0.1"
 
 # a page of another site may ask for this address by a name of its own: such names are refused
 _NAMES = [HOST, "localhost"]
+_OWN = ("same-origin", "none")
+_LONGEST = 2000  # characters
 _HEADERS = {
     # Vega makes functions out of the expressions of a chart
     "content-security-policy": (
         "default-src 'self'; script-src 'self' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
         "img-src 'self' data:; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
     ),
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
@@ -58,18 +63,23 @@ def make_app(runs: WatchedRuns) -> "Starlette":
         tones = {"light": chart_config(), "dark": chart_config(dark=True)}
         return answer({name: config | ground for name, config in tones.items()})
 
-    def state(request: Request) -> Response:
-        return answer(runs.state())
+    def told(make: "Callable[[Request], object]") -> "Callable[[Request], Response]":
+        def tell(request: Request) -> Response:
+            try:
+                return answer(make(request))
+            except LookupError:
+                return answer({"error": "There is no such run, or no such chart."}, 404)
 
-    def together(request: Request) -> Response:
-        return answer(runs.together())
+        return tell
 
-    def chart(request: Request) -> Response:
-        try:
-            spec = runs.chart(request.path_params["number"], request.path_params["name"])
-        except LookupError:
-            return answer({"error": "There is no such run, or no such chart."}, 404)
-        return answer(spec)
+    def numbers(request: Request) -> list[int]:
+        """The places of runs in the address: ``?runs=0,3``."""
+        words = request.query_params.get("runs", "")[:_LONGEST].split(",")
+        return [int(word) for word in words if word.isascii() and word.isdecimal()]
+
+    state = told(lambda request: runs.state(numbers(request) or [0]))
+    together = told(lambda request: runs.together(numbers(request)))
+    chart = told(lambda request: runs.chart(**request.path_params))
 
     return Starlette(
         routes=[
@@ -82,8 +92,31 @@ def make_app(runs: WatchedRuns) -> "Starlette":
             Route("/api/together", together),
             Route("/api/chart/{number:int}/{name}", chart),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=_NAMES, www_redirect=False)],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=_NAMES, www_redirect=False),
+            Middleware(_own_page_only),
+        ],
     )
+
+
+def _own_page_only(app: "ASGIApp") -> "ASGIApp":
+    """Refuse what pages of other sites ask for: browsers say who asks."""
+    from starlette.datastructures import Headers
+    from starlette.responses import PlainTextResponse
+
+    async def checked(scope: "Scope", receive: "Receive", send: "Send") -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        # a link from another page may open this one, but no script may read it
+        opened = scope.get("path") == "/" and headers.get("sec-fetch-mode") == "navigate"
+        foreign = site is not None and site not in _OWN and not opened
+        if foreign or (origin is not None and origin != f"http://{headers.get('host')}"):
+            refused = PlainTextResponse("Only the monitor's own page may ask.", 403, _HEADERS)
+            await refused(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return checked
 
 
 @cache

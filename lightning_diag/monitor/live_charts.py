@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.report.charts import gradient_flow, training
+from lightning_diag.report.sections.attention import head_entropy
+from lightning_diag.report.sections.blobs import blob_history
 from lightning_diag.rules.finding import Finding
 
 if TYPE_CHECKING:
@@ -35,13 +37,21 @@ CHARTS: Mapping[str, tuple[tuple[str, ...], Draw]] = {
         ("attention", "attention_head"),
         _of_section("attention", "attention_entropy"),
     ),
+    "attention_heads": (
+        ("attention_head",),
+        lambda run, _: head_entropy(run.frame("attention_head")),
+    ),
     "activations": (("activation",), _of_section("activations", "activations")),
     "latents": (("latent",), _of_section("latents", "latents")),
-    "blob_history": (("blob",), _of_section("blobs", "blob_history")),
+    "blob_history": (("blob", "metrics", "loss"), lambda run, _: _blob_history(run)),
     "blobs": (("blob", "blob_sample"), _of_section("blobs", "blobs")),
     "hardware": (("hardware",), _of_section("hardware", "hardware")),
 }
 """Name of a chart to the record files it shows, and what draws it; in the order of the page."""
+
+
+def _blob_history(run: "FollowedRun") -> Any:  # noqa: ANN401
+    return blob_history(run) if len(run.frame("blob")) else None
 
 
 def chart_spec(

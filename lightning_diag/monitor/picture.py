@@ -21,7 +21,7 @@ def picture(runs: WatchedRuns) -> bytes:
         ValueError: Nothing can be drawn yet.
     """
     runs.look(at_once=True)
-    while any(run.summary().behind for run in runs.runs):
+    while any(run.behind for run in runs.runs):
         runs.look(at_once=True)
     alone = len(runs.runs) == 1
     specs = [runs.chart(0, name) for name in CHARTS] if alone else [runs.together()]

@@ -1,9 +1,11 @@
 """One run as the page shows it: its state, its numbers, its findings and its charts."""
 
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +17,16 @@ from lightning_diag.rules.loss_series import Losses, training_losses, validation
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["ENDED", "RunState", "Summary", "WatchedRun"]
+__all__ = ["ENDED", "MOST_ROWS", "RunState", "Summary", "WatchedRun"]
+
+MOST_ROWS = 20_000
+"""Rows of each record file of a run that are kept for its charts, about."""
 
 RunState = Literal[
     "waiting", "running", "silent", "ended", "failed", "interrupted", "killed", "gone"
 ]
+
+_Losses = tuple[Losses | None, tuple[list[int], list[float], str] | None]
 
 ENDED: frozenset[RunState] = frozenset({"ended", "failed", "interrupted", "killed", "gone"})
 """States in which nothing more is to be expected."""
@@ -49,6 +56,7 @@ class Summary:
         samples_per_second: Of all ranks, or batches where samples are not known.
         counts: Findings by severity.
         behind: Whether older rows are still being read.
+        torn: Lines that could not be read.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Summary:
     samples_per_second: float | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     behind: bool = False
+    torn: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields as plain values."""
@@ -77,20 +86,44 @@ class WatchedRun:
     Args:
         path: The run folder, which need not exist yet.
         clock: Gives the time in Unix seconds.
+        most_rows: Rows of each record file that are kept, about.
+        name: What to call it; the name of its folder if empty.
     """
 
-    def __init__(self, path: str | Path, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        clock: Callable[[], float] = time.time,
+        most_rows: int = MOST_ROWS,
+        name: str = "",
+    ) -> None:
         self.path = Path(path)
+        self.name = name or self.path.resolve().name
         self.findings: list[Finding] = []
         self.versions: dict[str, int] = {}
+        self.looked = False
         self._clock = clock
-        self._run = FollowedRun(self.path)
+        self._run = FollowedRun(self.path, most_rows)
         self._specs: dict[str, tuple[int, dict[str, Any] | None]] = {}
+        self._summary: Summary | None = None
+        self._losses: _Losses | None = None
+        self._done: int | None = None
+        self._last_written: float | None = None
+        self._seen: object = None
         self._looks = 0
         self._was_there = False
 
     def look(self) -> bool:
-        """Read what is new; whether anything was."""
+        """Read what is new; whether anything was.
+
+        Files that are as they were are not opened, so that a run that ended costs nothing.
+        """
+        seen = self._files()
+        if self.looked and seen == self._seen and not self._run.behind:
+            return False
+        # seen before it is read: what is written meanwhile is found by the next look
+        self.looked, self._seen = True, seen
+        self._summary = self._losses = None
         changed = self._run.update()
         self._was_there |= self._run.exists
         if changed:
@@ -99,7 +132,24 @@ class WatchedRun:
                 if changed & set(prefixes):
                     self.versions[name] = self._looks
             self.findings = diagnose(self._run) if self._run.prefixes else []
-        return bool(changed)
+        return True
+
+    @property
+    def behind(self) -> bool:
+        """Whether there is more to read already."""
+        return not self.looked or self._run.behind
+
+    def _files(self) -> object:
+        """What tells whether a file of the run was written to, from the folder alone."""
+        places = [self.path / "run.json", self.path / "config.yaml"]
+        found = []
+        with suppress(OSError), os.scandir(self.path / "records") as entries:
+            places += [Path(entry.path) for entry in entries]
+        for place in places:
+            with suppress(OSError):
+                known = place.stat()
+                found.append((place.name, known.st_ino, known.st_size, known.st_mtime_ns))
+        return sorted(found)
 
     def chart(self, name: str) -> dict[str, Any] | None:
         """The Vega-Lite specification of a chart, drawn anew where its rows changed.
@@ -115,44 +165,58 @@ class WatchedRun:
             known = self._specs[name] = (version, spec)
         return known[1]
 
-    def losses(self) -> tuple[Losses | None, tuple[list[int], list[float], str] | None]:
+    def losses(self) -> _Losses:
         """The training loss and the validation loss, see `training_losses`, `validation_losses`."""
-        metrics = self._run.frame("metrics")
-        return training_losses(self._run.frame("loss"), metrics), validation_losses(metrics)
+        if self._losses is None:
+            metrics = self._run.frame("metrics")
+            seen = training_losses(self._run.frame("loss"), metrics)
+            self._losses = seen, validation_losses(metrics)
+        return self._losses
 
     def summary(self) -> Summary:
         """The run in a line."""
+        if self._summary is None:
+            self._summary = self._summed_up()
+        one = self._summary
+        state = self._state(self._last_written)
+        remaining = None
+        if state == "running" and self._done and one.planned_steps and one.elapsed_seconds:
+            left = max(0, one.planned_steps - (one.step or 0) - 1)
+            remaining = one.elapsed_seconds * left / self._done
+        return replace(one, state=state, remaining_seconds=remaining)
+
+    # ---- what is known of it ----
+
+    def _summed_up(self) -> Summary:
+        """What the rows say, in which the clock has no part."""
         run = self._run
         losses, checked = self.losses()
         step, planned = self._step(), run.info.get("planned_steps")
         done = None if step is None else step + 1
         started, last = self._times()
-        state = self._state(last)
+        self._last_written = last
+        # those of the attempt whose time is known
+        self._done = None if done is None else done - (self._attempt().get("first_step") or 0)
         progress = min(1.0, done / planned) if done and planned else None
         elapsed = None if started is None or last is None else max(0.0, last - started)
-        remaining = None
-        if state == "running" and progress and elapsed:
-            remaining = elapsed * (1 - progress) / progress
         reason = run.info.get("stop_reason")
         words = reason.get("message") if isinstance(reason, Mapping) else reason
         return Summary(
-            name=self.path.resolve().name,
-            state=state,
+            name=self.name,
+            state="waiting",
             reason=str(words or ""),
             step=step,
             planned_steps=planned,
             progress=progress,
             elapsed_seconds=elapsed,
-            remaining_seconds=remaining,
             loss=_last(losses.means) if losses else None,
             best_val_loss=min((x for x in checked[1] if x == x), default=None) if checked else None,
             learning_rate=_last(losses.rates) if losses else None,
             samples_per_second=self._speed(),
             counts={one: sum(f.severity == one for f in self.findings) for one in SEVERITIES},
-            behind=run.behind,
+            behind=self.behind,
+            torn=sum(run.torn.values()),
         )
-
-    # ---- what is known of it ----
 
     def _state(self, last: float | None) -> RunState:
         if not self._run.exists:

@@ -180,7 +180,8 @@ def _numbers(rows: list[dict[str, Any]], x: "alt.X") -> Chart:
 
     base = _chart(rows).encode(x=x)
     rule = base.mark_rule(color=WARNING, strokeDash=[4, 3], opacity=0.8)
-    label = base.mark_text(y=-12, color=WARNING, fontSize=12, fontWeight="bold")
+    # in the ink of other words: that colour is too pale to be read
+    label = base.mark_text(y=-12, fontSize=12, fontWeight="bold")
     return alt.layer(rule, label.encode(text="label:N"))
 
 

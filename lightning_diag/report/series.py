@@ -22,6 +22,9 @@ Points = Sequence[tuple[float, float | None]]
 _POINTS = 2000
 _MOST = 10
 _FEW = 60
+_WIDTH = 820
+_GAP = 70  # pixels between columns, for the numbers of an axis
+_MOST_TICKS = 6
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Panel:
         domain: Ends of the vertical axis, None for those of the data.
         rules: Horizontal lines to compare with, label to value.
         height: In pixels.
+        others: Further series, drawn thin and pale behind these, without a place in the legend.
+        title: Above the plot, where the label is not enough.
+        empty: Why it may have no values, for its place to be kept; without it there is no panel
+            then.
     """
 
     label: str
@@ -43,6 +50,9 @@ class Panel:
     domain: tuple[float, float] | None = None
     rules: Mapping[str, float] = field(default_factory=dict)
     height: int = 200
+    others: Mapping[str, Points] = field(default_factory=dict)
+    title: str = ""
+    empty: str = ""
 
 
 def points_by(
@@ -67,9 +77,14 @@ def points_by(
 
 
 def line_chart(
-    title: str, panels: Iterable[Panel], *, said: Sequence[str] = (), x: str = "optimizer step"
+    title: str,
+    panels: Iterable[Panel],
+    *,
+    said: Sequence[str] = (),
+    x: str = "optimizer step",
+    columns: int = 1,
 ) -> Chart:
-    """Panels of lines below one another, with one legend each.
+    """Panels of lines, with a legend each, or one for all where they have the same names.
 
     The ten series of a panel with the largest last value are drawn, each with at most 2000 points
     that keep every peak; what is left out is said below the title.
@@ -79,27 +94,39 @@ def line_chart(
         panels: What to draw, top to bottom.
         said: Sentences below the title.
         x: Title of the horizontal axis.
+        columns: Panels beside one another.
     """
     import altair as alt
 
-    drawn, notes, words = [], list(said), []
-    panels = [panel for panel in panels if _finite(panel)]
+    drawn, notes, words, legends = [], list(said), [], []
+    panels = [panel for panel in panels if panel.empty or _finite(panel)]
+    if not any(_finite(panel) for panel in panels):
+        return _nothing(title)
     edges = _edges(panels)
+    width = (_WIDTH - _GAP * (columns - 1)) // columns
     for number, panel in enumerate(panels):
         names = _largest(panel)
-        if len(names) < len(panel.series):
-            notes.append(f"{panel.label}: {len(names)} of {len(panel.series)} are drawn.")
-        drawn.append(_panel(panel, names, edges, x if number == len(panels) - 1 else None))
-        words += [f"{panel.label}: {_described(name, panel.series[name])}" for name in names]
-    if not drawn:
-        return _nothing(title)
-    chart = alt.vconcat(*drawn, spacing=16).resolve_scale(
-        color="independent", strokeDash="independent"
+        called = panel.title or panel.label
+        if 0 < len(names) < len(panel.series):
+            notes.append(f"{called}: {len(names)} of {len(panel.series)} are drawn.")
+        lowest = number >= len(panels) - columns
+        drawn.append(_panel(panel, names, edges, x if lowest else None, width))
+        legends.append(names)
+        words += [f"{called}: {_described(name, panel.series[name])}" for name in names]
+    alike = "shared" if all(names == legends[0] for names in legends) else "independent"
+    chart = (
+        alt.vconcat(*drawn, spacing=16)
+        if columns == 1
+        else alt.concat(*drawn, columns=columns, spacing=24)
     )
-    return chart.properties(
-        title=alt.Title(title, subtitle=notes) if notes else alt.Title(title),
-        description=f"{title}, steps {edges[0]:g} to {edges[1]:g}. {'; '.join(words)}.",
-    ).configure(**chart_config())
+    return (
+        chart.resolve_scale(color=alike, strokeDash=alike)
+        .properties(
+            title=alt.Title(title, subtitle=notes) if notes else alt.Title(title),
+            description=f"{title}, steps {edges[0]:g} to {edges[1]:g}. {'; '.join(words)}.",
+        )
+        .configure(**chart_config())
+    )
 
 
 def _usable(panel: Panel, value: float | None) -> bool:
@@ -107,11 +134,16 @@ def _usable(panel: Panel, value: float | None) -> bool:
 
 
 def _finite(panel: Panel) -> bool:
-    return any(_usable(panel, value) for points in panel.series.values() for _, value in points)
+    return any(_usable(panel, value) for points in _all(panel).values() for _, value in points)
+
+
+def _all(panel: Panel) -> dict[str, Points]:
+    return {**panel.others, **panel.series}
 
 
 def _edges(panels: Sequence[Panel]) -> tuple[float, float]:
-    steps = [step for panel in panels for points in panel.series.values() for step, _ in points]
+    drawn = [points for panel in panels for points in _all(panel).values()]
+    steps = [step for points in drawn for step, _ in points]
     low, high = min(steps, default=0), max(steps, default=1)
     return (low, high) if low < high else (low - 1, high + 1)
 
@@ -126,16 +158,24 @@ def _largest(panel: Panel) -> list[str]:
     return [name for name in known if name in kept]
 
 
-def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | None) -> Chart:
+def _panel(
+    panel: Panel, names: list[str], edges: tuple[float, float], x: str | None, width: int
+) -> Chart:
     import altair as alt
 
+    size: dict[str, Any] = {"width": width, "height": panel.height}
+    if panel.title:
+        size["title"] = alt.Title(panel.title, fontSize=12, offset=6)
+    if not names and not panel.others:
+        return _words(f"No {panel.label}: {panel.empty}").properties(**size)
     rows = [row for name in names for row in _rows(panel, name)]
     axis = alt.Axis(format=",d", tickMinStep=1, labelOverlap=True, labelFlush=True, tickCount=8)
     across = alt.X("x:Q", title=x, scale=alt.Scale(domain=list(edges), nice=False), axis=axis)
     scale = alt.Scale(type="log") if panel.log else alt.Scale(zero=False)
     if panel.domain is not None:
         scale = alt.Scale(domain=list(panel.domain), type="log" if panel.log else "linear")
-    up = alt.Y("y:Q", title=panel.label, scale=scale, axis=_axis(panel))
+    up = alt.Y("y:Q", title=panel.label, scale=scale, axis=_axis(panel, rows))
+    tips = [alt.Tooltip("x:Q", title="step"), alt.Tooltip("y:Q", format=".4~g")]
     legend = (
         None
         if len(names) == 1 and len(panel.series) == 1
@@ -150,37 +190,52 @@ def _panel(panel: Panel, names: list[str], edges: tuple[float, float], x: str | 
         strokeDash=alt.StrokeDash(
             "name:N", scale=alt.Scale(domain=names, range=dashes), legend=legend
         ),
-        tooltip=["name:N", alt.Tooltip("x:Q", title="step"), alt.Tooltip("y:Q", format=".4~g")],
+        tooltip=["name:N", *tips],
     )
     few = len(rows) <= _FEW * max(1, len(names))
-    layers: list[Chart] = [base.mark_line(point=alt.OverlayMarkDef(size=22) if few else False)]
+    layers: list[Chart] = []
+    if panel.others:
+        pale = [row for name in panel.others for row in _rows(panel, name, len(panel.others))]
+        behind = alt.Chart({"values": pale}).mark_line(strokeWidth=1, opacity=0.45, color="#7b8794")
+        layers.append(behind.encode(x=across, y=up, detail="segment:N", tooltip=["name:N", *tips]))
+    layers.append(base.mark_line(point=alt.OverlayMarkDef(size=22) if few else False))
     for label, value in panel.rules.items():
         rule = alt.Chart({"values": [{"y": value, "label": label}]}).encode(y="y:Q")
         layers.append(rule.mark_rule(strokeDash=[4, 3], color=WARNING, opacity=0.7))
         text = rule.mark_text(align="right", dx=-4, dy=-7, x="width")
         layers.append(text.encode(text="label:N"))
-    return alt.layer(*layers).properties(width=820, height=panel.height)
+    return alt.layer(*layers).properties(**size)
 
 
-def _axis(panel: Panel) -> "alt.Axis":
+def _axis(panel: Panel, rows: Sequence[Mapping[str, Any]]) -> "alt.Axis":
     import altair as alt
 
     # large and small numbers as powers, the others as people write them
     plain = "abs(datum.value) >= 0.001 && abs(datum.value) < 1000000 || datum.value == 0"
     text = f"{plain} ? format(datum.value, ',~r') : format(datum.value, '~e')"
+    decades = _decades([row["y"] for row in rows]) if panel.log and rows else []
+    if len(decades) > 1:
+        return alt.Axis(labelExpr=text, values=decades)
     return alt.Axis(labelExpr=text, tickCount=5)
 
 
-def _rows(panel: Panel, name: str) -> list[dict[str, Any]]:
+def _decades(values: Sequence[float]) -> list[float]:
+    """Powers of ten that lie among positive numbers, not too many of them."""
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    every = max(1, math.ceil((high - low) / _MOST_TICKS))
+    return [float(f"1e{power}") for power in range(low, high + 1, every)]
+
+
+def _rows(panel: Panel, name: str, among: int = 1) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     segment = 0
-    for step, value in panel.series[name]:
+    for step, value in _all(panel)[name]:
         if value is None or not _usable(panel, value):
             segment += 1
             continue
         short = float(f"{value:.6g}")
         rows.append({"x": step, "y": short, "name": name, "segment": f"{name} {segment}"})
-    return [rows[index] for index in thin([row["y"] for row in rows], _POINTS)]
+    return [rows[index] for index in thin([row["y"] for row in rows], max(20, _POINTS // among))]
 
 
 def _described(name: str, points: Points) -> str:
@@ -189,10 +244,15 @@ def _described(name: str, points: Points) -> str:
 
 
 def _nothing(title: str) -> Chart:
+    chart = _words("Nothing was measured.")
+    return chart.properties(
+        width=_WIDTH, height=80, title=title, description=f"{title}: nothing was measured."
+    ).configure(**chart_config())
+
+
+def _words(message: str) -> Chart:
     import altair as alt
 
-    chart = alt.Chart({"values": [{"message": "Nothing was measured."}]})
-    text = chart.mark_text(fontSize=14).encode(text="message:N")
-    return text.properties(
-        width=820, height=80, title=title, description=f"{title}: nothing was measured."
-    ).configure(**chart_config())
+    chart = alt.Chart({"values": [{"message": message}]})
+    # the width of a panel among others is not known to an expression
+    return chart.mark_text(fontSize=13, align="left", x=0, y=40).encode(text="message:N")

@@ -35,6 +35,7 @@ class AttentionCollapse:
     needs=("attention_head", "attention", "loss", "metrics"),
     thresholds=AttentionCollapse,
     explains=(
+        "loss_spike",
         *("vanishing_gradient", "attention_sink", "divergence"),
         *("not_learning", "slow_convergence", "loss_plateau", "constant_prediction"),
     ),

@@ -34,6 +34,7 @@ class AttentionSink:
     needs=("attention_head", "attention", "loss", "metrics"),
     thresholds=AttentionSink,
     explains=(
+        "loss_spike",
         *("vanishing_gradient", "divergence"),
         *("not_learning", "slow_convergence", "loss_plateau", "constant_prediction"),
     ),

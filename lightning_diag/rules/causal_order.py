@@ -13,9 +13,10 @@ CAUSAL_ORDER: tuple[str, ...] = (
     *("exploding_gradient", "update_too_large"),
     # insides
     *("dead_relu", "saturated_activation", "attention_collapse", "attention_sink"),
-    *("representation_collapse", "attention_uniform"),
     # gradients that do not arrive
     *("unused_parameter", "dead_component", "vanishing_gradient", "gradient_imbalance"),
+    # what is the same for all samples
+    *("representation_collapse", "attention_uniform"),
     # steps that are too small
     *("learning_rate_too_low", "frozen_weights", "update_too_small"),
     # what all of them end in

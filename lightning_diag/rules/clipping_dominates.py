@@ -86,7 +86,7 @@ def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
         rule="clipping_dominates",
         severity="warning" if extreme else "info",
         component=component if part > 0.5 else None,
-        first_step=steps[0],
+        first_step=_first(trace, steps[0], t) if extreme else steps[0],
         last_step=steps[-1],
         observed=left,
         threshold=t.min_coefficient if extreme else t.noted_coefficient,
@@ -111,6 +111,15 @@ _NOTE = (
     "Usually nothing to do. If training is slow, compare with a clip near the usual norm; with "
     "plain SGD lower the learning rate by the same factor."
 )
+
+
+def _first(trace: Trace, step: int, t: ClippingDominates) -> int:
+    """Where the rows begin that are all cut by as much; the start of the run did not decide."""
+    cut = [left <= t.min_coefficient for left in trace.numbers("clip_coefficient")]
+    at = trace.steps.index(step)
+    while at > 0 and cut[at - 1]:
+        at -= 1
+    return trace.steps[at]
 
 
 def _dominant(trace: Trace, start: int) -> tuple[str | None, float]:

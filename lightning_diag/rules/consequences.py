@@ -8,6 +8,7 @@ STANDSTILL = (
     "loss_plateau",
     "constant_prediction",
     "update_too_small",
+    "frozen_weights",
     "learning_rate_too_low",
 )
 """Rules whose findings follow where a model, or a part of it, learns too little or nothing."""

@@ -37,7 +37,14 @@ class DeadComponent:
     family="gradients",
     needs="grad",
     thresholds=DeadComponent,
-    explains=("gradient_imbalance", "vanishing_gradient", *STANDSTILL),
+    explains=(
+        "divergence",
+        "loss_spike",
+        "representation_collapse",
+        "gradient_imbalance",
+        "vanishing_gradient",
+        *STANDSTILL,
+    ),
     reference="SageMaker Debugger's AllZero; Lu et al. 2019, Dying ReLU and initialization.",
 )
 def dead_component(grad: "pl.DataFrame", thresholds: DeadComponent) -> list[Finding]:

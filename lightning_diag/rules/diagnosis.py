@@ -26,6 +26,8 @@ __all__ = ["diagnose", "order_findings"]
 
 _EVERYWHERE = ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
 _BLOCKING = ("dead_relu", "saturated_activation")
+_WINDOWS = ("loss.jsonl", "metrics.jsonl")
+_WINDOW_STEPS = 10
 _FROM_THE_START = 20  # steps: what is seen first that early has been so from the start
 
 
@@ -122,11 +124,17 @@ def _explains(cause: Finding, effect: Finding) -> bool:
     # silences what comes before it; other effects stay where they began
     anywhere = cause.rule in _BLOCKING or effect.rule in _EVERYWHERE
     together = None in (cause.component, effect.component) or cause.component == effect.component
-    return (anywhere or together) and _earliest(cause) <= _step(effect)
+    return (anywhere or together) and _earliest(cause) <= _latest(cause, effect)
 
 
 def _step(finding: Finding) -> int:
     return -1 if finding.first_step is None else finding.first_step
+
+
+def _latest(cause: Finding, effect: Finding) -> int:
+    """The last step at which an effect may have begun: losses are told by the ten steps."""
+    windows = effect.evidence.file.endswith(_WINDOWS) and cause.rule != "nonfinite_loss"
+    return _step(effect) + (_WINDOW_STEPS if windows else 0)
 
 
 def _earliest(cause: Finding) -> int:
@@ -134,6 +142,8 @@ def _earliest(cause: Finding) -> int:
     step = _step(cause)
     if step < _FROM_THE_START:
         return min(step, 0)
+    if cause.began_after is not None:
+        return cause.began_after + 1
     gaps = [after - before for before, after in pairwise(cause.evidence.steps) if after > before]
     return step - min(gaps, default=1) + 1
 

@@ -62,6 +62,7 @@ class _Rise(NamedTuple):
     needs="grad",
     thresholds=ExplodingGradient,
     explains=(
+        "saturated_activation",
         *("nonfinite_gradient", "nonfinite_loss", "clipping_dominates", "gradient_imbalance"),
         *("update_too_large", "divergence", "loss_spike", "loss_oscillation", "dead_relu"),
     ),

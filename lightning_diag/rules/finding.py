@@ -39,6 +39,8 @@ class Finding:
         overrides: Hydra overrides that try it; empty where no key of the run's configuration does.
         confidence: How sure the rule is, 0 to 1.
         caused_by: Id of the rule whose finding explains this one.
+        began_after: Last step at which it was looked for and not seen, where that is known; not
+            written down.
     """
 
     rule: str
@@ -55,6 +57,7 @@ class Finding:
     overrides: Mapping[str, object] = field(default_factory=dict)
     confidence: float = 1.0
     caused_by: str | None = None
+    began_after: int | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.severity not in SEVERITIES:
@@ -75,6 +78,7 @@ class Finding:
     def to_dict(self) -> dict[str, Any]:
         """The finding as plain dicts, lists, strings and numbers."""
         plain = asdict(self)
+        del plain["began_after"]
         plain["evidence"]["steps"] = list(self.evidence.steps)
         plain["overrides"] = dict(self.overrides)
         return plain

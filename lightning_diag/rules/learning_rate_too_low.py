@@ -48,7 +48,7 @@ class LearningRateTooLow:
     thresholds=LearningRateTooLow,
     explains=(
         *("update_too_small", "slow_convergence", "not_learning", "loss_plateau"),
-        "attention_uniform",
+        *("constant_prediction", "frozen_weights", "attention_uniform"),
     ),
     reference="About 1e-3 is the usual ratio of update to weight: Karpathy, A recipe for training "
     "neural networks, and CS231n. Range test: Smith 2017, Cyclical learning rates.",

@@ -128,7 +128,9 @@ def _has_any(losses: Losses, factor: float) -> bool:
 def _is_lasting(losses: Losses, at: int, usual: float, t: LossSpike, signed: bool) -> bool:
     after = losses.means[at + 1 : at + 1 + int(t.back_windows)]
     limit = usual + 0.1 * (losses.highs[at] - usual) if signed else t.back * usual
-    return len(after) >= t.back_windows - 1 and min(after) > limit
+    # a loss that got a new part leaps as well, and is then learned down again
+    learned = fmean(losses.means[-3:]) < usual + 0.25 * (losses.means[at] - usual)
+    return len(after) >= t.back_windows - 1 and min(after) > limit and not learned
 
 
 def _finding(losses: Losses, spikes: list[_Spike], severity: Severity, t: LossSpike) -> Finding:
@@ -138,7 +140,7 @@ def _finding(losses: Losses, spikes: list[_Spike], severity: Severity, t: LossSp
     lasting = any(one.lasting for one in spikes)
     number = "once" if len(spikes) == 1 else f"{len(spikes)} times"
     after = (
-        " It did not come back to where it was within the windows that follow."
+        " It has not come back to where it was."
         if lasting
         else " It came back each time."
         if len(spikes) > 1

@@ -1,10 +1,11 @@
 """A loss that is NaN or infinite."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
+from lightning_diag.rules.first_nonfinite import advice, first_nonfinite, sentence
 from lightning_diag.rules.loss_series import LOSS_FILE, METRICS_FILE, is_training_loss
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import leave_half_precision
@@ -44,7 +45,7 @@ class _Seen(NamedTuple):
 @rule(
     "nonfinite_loss",
     family="losses",
-    needs=("loss", "metrics", "collapse"),
+    needs=("loss", "metrics", "collapse", "nonfinite"),
     thresholds=NonfiniteLoss,
     explains=(
         "nonfinite_gradient",
@@ -63,6 +64,7 @@ def nonfinite_loss(
     loss: "pl.DataFrame",
     metrics: "pl.DataFrame",
     collapse: "pl.DataFrame",
+    nonfinite: "pl.DataFrame",
     thresholds: NonfiniteLoss,
 ) -> list[Finding]:
     """Steps whose loss is NaN or infinite, from the first on.
@@ -72,7 +74,8 @@ def nonfinite_loss(
     """
     for seen in (_in_windows(loss), _in_collapse(collapse), _in_metrics(metrics)):
         if seen is not None and seen.breaks:
-            return [_finding(seen, thresholds)]
+            row = first_nonfinite(nonfinite, seen.breaks[-1].last)
+            return [_finding(seen, thresholds, row)]
     return []
 
 
@@ -122,14 +125,14 @@ def _in_metrics(metrics: "pl.DataFrame") -> _Seen | None:
     return _Seen(breaks, int(last) if isinstance(last, int) else -1, METRICS_FILE)
 
 
-def _finding(seen: _Seen, t: NonfiniteLoss) -> Finding:
+def _finding(seen: _Seen, t: NonfiniteLoss, row: dict[str, Any]) -> Finding:
     breaks = seen.breaks
     first, last = breaks[0].first, breaks[-1].last
     total = sum(one.steps for one in breaks)
     skipped = all(one.skipped >= one.steps for one in breaks)
     recovered = seen.last_finite > last
     word = "step" if total == 1 else "steps"
-    before = breaks[0].gradient > breaks[0].steps
+    before = breaks[0].gradient > breaks[0].steps and not row
     if skipped:
         after = " The gradient scaler skipped them, so the weights are unharmed."
     elif recovered:
@@ -151,8 +154,8 @@ def _finding(seen: _Seen, t: NonfiniteLoss) -> Finding:
         unit="steps with a loss that is NaN or infinite",
         evidence=Evidence(seen.file, evidence_steps(one.last for one in breaks)),
         message=f"At step {first} the loss was NaN or infinite; {total} {word} had this.{after}"
-        f"{earlier}",
-        suggestion=_suggestion(skipped),
+        f"{earlier}{sentence(row)}",
+        suggestion=advice(row) + _suggestion(skipped),
         confidence=1.0,
     )
 

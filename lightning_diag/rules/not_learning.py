@@ -63,6 +63,11 @@ class SlowConvergence:
     family="losses",
     needs=("loss", "metrics", "grad", "collapse"),
     thresholds=NotLearning,
+    explains=(
+        "constant_prediction",
+        "attention_uniform",
+        "representation_collapse",
+    ),
     reference="Karpathy 2019, A recipe for training neural networks; SageMaker Debugger's "
     "LossNotDecreasing.",
 )

@@ -58,6 +58,7 @@ class SchedulerMisuse:
     needs=("loss", "metrics", "update"),
     thresholds=SchedulerMisuse,
     explains=(
+        "constant_prediction",
         *("learning_rate_too_high", "learning_rate_too_low", "update_too_small"),
         *("update_too_large", "frozen_weights", "not_learning", "slow_convergence"),
         *("loss_plateau", "divergence", "loss_oscillation", "loss_spike"),

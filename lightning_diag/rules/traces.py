@@ -25,9 +25,12 @@ __all__ = [
 ]
 
 _SUMMED = ("count", "nonfinite", "tensors", "missing", "frozen", "share")
-_NUMBERS = (*_SUMMED, "l2", "zeros", "l2_nonfinite", "has_nan", "has_inf", "min_norm")
+_NUMBERS = (
+    *(*_SUMMED, "l2", "zeros", "l2_nonfinite", "has_nan", "has_inf", "min_norm"),
+    *("matrix_min", "matrix_max"),
+)
 _WHOLE = ("clip_value", "clip_coefficient", "clipped", "scale", "skipped", "skipped_total")
-_WORDS = ("component", "first_missing", "first_nonfinite", "dominant", "clip_algorithm")
+_WORDS = ("component", "first_missing", "first_nonfinite", "dominant", "clip_algorithm", "smallest")
 
 GRAD_FILE = "records/grad.jsonl"
 _T = TypeVar("_T")

@@ -46,7 +46,7 @@ class UpdateTooSmall:
     family="updates",
     needs=("update", "grad", "loss", "metrics"),
     thresholds=UpdateTooSmall,
-    explains=("not_learning", "slow_convergence", "loss_plateau"),
+    explains=("frozen_weights", "not_learning", "slow_convergence", "loss_plateau"),
     reference="SageMaker Debugger's WeightUpdateRatio warns below 1e-8; about 1e-3 is usual. "
     "Rounding: Gupta et al. 2015, Deep learning with limited numerical precision, section 4.",
     remedy=raise_rate,
@@ -71,7 +71,9 @@ def update_too_small(
     rounded = [(one, rows) for one, (rows, kind) in judged if kind == "rounded"]
     losses = training_losses(loss, metrics)
     known = [one for one in losses.means if not math.isnan(one)] if losses else []
-    fall = 1.0 - middle(known[-3:]) / known[0] if len(known) > 3 and known[0] > 0 else 0.0
+    # the first window may have converged already: its highest loss is that of the start
+    start = max(losses.highs[0], known[0]) if losses and known else 0.0
+    fall = 1.0 - middle(known[-3:]) / start if len(known) > 3 and start > 0 else 0.0
     learned = fall > thresholds.learned_fall
     if losses and any(math.isnan(one) for one in losses.means):
         return []

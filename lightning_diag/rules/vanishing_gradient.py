@@ -1,6 +1,7 @@
 """A component whose gradient is next to nothing, so that it hardly learns."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -57,7 +58,7 @@ class VanishingGradient:
     family="gradients",
     needs="grad",
     thresholds=VanishingGradient,
-    explains=("gradient_imbalance", *STANDSTILL),
+    explains=("representation_collapse", "attention_uniform", "gradient_imbalance", *STANDSTILL),
     reference="Glorot and Bengio 2010, section 4; bands of the reference systems: mean norm 1e-5, "
     "smallest tensor norm 1e-7.",
     remedy=strengthen_gradient,
@@ -79,6 +80,9 @@ def vanishing_gradient(grad: "pl.DataFrame", thresholds: VanishingGradient) -> l
         return [whole]
     found = [_judge(trace, table, thresholds) for trace in traces]
     findings = [one for one in found if one is not None]
+    if not findings:
+        layers = [_between_layers(trace, thresholds) for trace in whole_traces(frame)]
+        findings = [one for one in layers if one is not None]
     return findings or _smallest_tensor(whole_traces(frame), thresholds)
 
 
@@ -200,6 +204,43 @@ def _tiny_from_the_start(traces: list[Trace], t: VanishingGradient) -> Finding |
             "too small. If the run went on from a model that had converged, this is expected."
         ),
         confidence=0.6,
+    )
+
+
+def _between_layers(trace: Trace, t: VanishingGradient) -> Finding | None:
+    """One weight matrix that gets next to nothing beside the largest one, also inside a part."""
+    columns = (trace.steps, trace.numbers("matrix_min"), trace.numbers("matrix_max"))
+    rows = [
+        (step, low, high / low, name)
+        for step, low, high, name in zip(*columns, trace.words("smallest"), strict=True)
+        if low > 0 and high > 0
+    ]
+    rows = rows[after_warmup(len(rows), t.warmup_rows, t.warmup_share) :]
+    tiny = [low < t.mean_l2 and times > t.others_ratio for _, low, times, _ in rows]
+    onset = _onset(tiny, t)
+    if onset is None:
+        return None
+    rows = rows[onset:]
+    names = Counter(name for *_, name in rows if name)
+    name = names.most_common(1)[0][0] if names else None
+    typical, times = median(low for _, low, _, _ in rows), median(times for _, _, times, _ in rows)
+    where = f" (`{name}`)" if name else ""
+    return Finding(
+        rule="vanishing_gradient",
+        severity="warning",
+        first_step=rows[0][0] if onset else trace.steps[0],
+        last_step=rows[-1][0],
+        observed=typical,
+        threshold=t.mean_l2,
+        unit="median l2 norm of the smallest weight matrix",
+        evidence=Evidence(GRAD_FILE, evidence_steps(step for step, *_ in rows)),
+        message=(
+            f"The gradient fades on its way through the model: one weight matrix{where} gets a "
+            f"norm of {typical:.1e}, {times:,.0f} times below the largest. The layers around it "
+            "learn next to nothing."
+        ),
+        suggestion=_SUGGESTION,
+        confidence=0.8,
     )
 
 

@@ -75,7 +75,14 @@ class InputScale:
     family="wiring",
     needs="wiring",
     thresholds=InputScale,
-    explains=(*TURMOIL, *STANDSTILL, "dead_relu", "saturated_activation", "gradient_imbalance"),
+    explains=(
+        "constant_prediction",
+        *TURMOIL,
+        *STANDSTILL,
+        "dead_relu",
+        "saturated_activation",
+        "gradient_imbalance",
+    ),
     reference="LeCun et al. 1998, Efficient BackProp, section 4.3: mean 0, equal variances.",
     remedy=standardize_data,
 )
@@ -93,11 +100,22 @@ def input_scale(wiring: "pl.DataFrame", thresholds: InputScale) -> list[Finding]
     for rows in groups.values():
         large = [row for row in rows if _number(row, "rms") > thresholds.max_rms]
         shifted = [row for row in rows if _shift(row) > thresholds.max_shift]
+        lasting = _lasting(rows, thresholds)
         if len(large) >= thresholds.min_looks and 2 * len(large) > len(rows):
             found.append(_large(Fault(large), thresholds))
+        elif lasting:
+            before = rows[len(rows) - len(lasting) - 1]
+            found.append(_large(Fault(lasting, int(str(before["step"]))), thresholds))
         elif len(shifted) >= thresholds.min_looks and 2 * len(shifted) > len(rows):
             found.append(_far(Fault(shifted), thresholds))
     return found
+
+
+def _lasting(rows: list[dict[str, object]], t: InputScale) -> list[dict[str, object]]:
+    """The last looks, if all of them show large input that was not so before."""
+    large = [_number(row, "rms") > t.max_rms for row in rows]
+    count = next((n for n, one in enumerate(reversed(large)) if not one), len(large))
+    return rows[len(rows) - count :] if t.min_looks <= count < len(rows) else []
 
 
 def _large(fault: Fault, t: InputScale) -> Finding:

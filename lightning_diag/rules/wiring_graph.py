@@ -38,7 +38,14 @@ class DetachedGraph:
     family="wiring",
     needs="wiring",
     thresholds=DetachedGraph,
-    explains=("dead_component", "vanishing_gradient", "gradient_imbalance", *STANDSTILL),
+    explains=(
+        "divergence",
+        "loss_spike",
+        "dead_component",
+        "vanishing_gradient",
+        "gradient_imbalance",
+        *STANDSTILL,
+    ),
     reference="torch.autograd: only what stands in the graph of the loss gets a gradient.",
 )
 def detached_graph(wiring: "pl.DataFrame", thresholds: DetachedGraph) -> list[Finding]:

@@ -38,7 +38,7 @@ class UnoptimizedParameter:
     family="wiring",
     needs="wiring",
     thresholds=UnoptimizedParameter,
-    explains=STANDSTILL,
+    explains=("dead_component", *STANDSTILL),
     reference="torch.optim: an optimizer moves the parameters of its groups, and no others.",
 )
 def unoptimized_parameter(
@@ -90,6 +90,10 @@ class FrozenInOptimizer:
     family="wiring",
     needs="wiring",
     thresholds=FrozenInOptimizer,
+    explains=(
+        "dead_component",
+        "update_too_small",
+    ),
     reference="torch.optim skips parameters whose gradient is None, and only those.",
 )
 def frozen_in_optimizer(wiring: "pl.DataFrame", thresholds: FrozenInOptimizer) -> list[Finding]:
@@ -175,7 +179,14 @@ class UnusedParameter:
     family="wiring",
     needs="wiring",
     thresholds=UnusedParameter,
-    explains=("dead_component", "vanishing_gradient", "gradient_imbalance", *STANDSTILL),
+    explains=(
+        "divergence",
+        "loss_spike",
+        "dead_component",
+        "vanishing_gradient",
+        "gradient_imbalance",
+        *STANDSTILL,
+    ),
     reference="DistributedDataParallel's find_unused_parameters.",
 )
 def unused_parameter(wiring: "pl.DataFrame", thresholds: UnusedParameter) -> list[Finding]:

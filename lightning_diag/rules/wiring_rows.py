@@ -24,9 +24,11 @@ class Fault:
 
     Attributes:
         rows: At most one a step.
+        well_before: Step of the last look before them, at which it was not seen.
     """
 
     rows: list[dict[str, Any]]
+    well_before: int | None = None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -88,6 +90,7 @@ class Fault:
             message=message,
             suggestion=suggestion,
             confidence=confidence,
+            began_after=self.well_before,
         )
 
 
@@ -113,4 +116,10 @@ def faults(wiring: "pl.DataFrame", check: str) -> list[Fault]:
         if row["state"] == "wrong":
             key = tuple(row.get(name) for name in _ALIKE)
             groups.setdefault(key, {})[int(row["step"])] = row
-    return [Fault(list(group.values())) for group in groups.values() if last in group]
+    looks = sorted({int(row["step"]) for row in rows})
+    found = [list(group.values()) for group in groups.values() if last in group]
+    return [Fault(group, _before(looks, int(group[0]["step"]))) for group in found]
+
+
+def _before(looks: list[int], step: int) -> int | None:
+    return max((one for one in looks if one < step), default=None)

@@ -2,10 +2,11 @@
 
 import math
 
+import polars as pl
 import pytest
 
 from lightning_diag import read_run
-from lightning_diag.report.sections.attention import attention_section
+from lightning_diag.report.sections.attention import attention_section, head_entropy
 from tests.callbacks.attention_models import TOKENS, Dots
 from tests.callbacks.test_attention_capture import capture, train
 
@@ -88,6 +89,53 @@ class TestSection:
             ("sink", "fusion", "2, 3"),
             ("uniform", "fusion", "0"),
         ]
+
+    def test_each_head_is_a_line_and_each_module_a_panel(self, write_run):
+        heads = [
+            {"step": step, "component": name, "head": head, "entropy_normalized": share}
+            for name, low in (("fusion", 0.5), ("decoder", 0.25))
+            for step in (0, 10)
+            for head, share in enumerate([low, 1.0])
+        ]
+        section = attention_section(run_of(write_run, [1.0], attention_head=heads))
+        spec = section.charts["attention_heads"].to_dict()
+        assert [panel["title"]["text"] for panel in spec["concat"]] == ["fusion", "decoder"]
+        points = [row for rows in spec["datasets"].values() for row in rows]
+        assert {(row["name"], row["x"], row["y"]) for row in points} == {
+            (name, step, share)
+            for step in (0, 10)
+            for name, share in (("head 0", 0.5), ("head 0", 0.25), ("head 1", 1.0))
+        }
+        assert "head 0 goes from 0.5 to 0.5" in spec["description"]
+
+    def test_of_many_modules_and_heads_the_telling_ones_are_drawn(self):
+        rows = [
+            {"step": 0, "component": f"block {block}", "head": head, "entropy": 1 + block * head}
+            for block in range(12)
+            for head in range(16)
+        ]
+        spec = head_entropy(pl.DataFrame(rows)).to_dict()
+        assert [panel["title"]["text"] for panel in spec["concat"]] == [
+            f"block {block}" for block in range(4, 12)
+        ]
+        names = {row["name"] for rows in spec["datasets"].values() for row in rows}
+        assert names == {f"head {head}" for head in (*range(5), *range(11, 16))}
+        said = " ".join(spec["title"]["subtitle"])
+        assert "8 of 12 modules" in said
+        assert "10 heads" in said
+        assert "entropy (nats)" in str(spec)
+
+    @pytest.mark.parametrize(
+        "frame",
+        [
+            {"step": [1]},
+            {"step": [1], "component": [None], "head": [0], "entropy": [1.0]},
+            {"step": [1], "component": ["a"], "head": [0], "entropy": [None]},
+            {"step": [1], "component": ["a"], "head": [0], "entropy": [math.nan]},
+        ],
+    )
+    def test_no_entropy_of_heads_is_no_chart(self, frame):
+        assert head_entropy(pl.DataFrame(frame)) is None
 
     def test_many_modules_are_cut(self, write_run):
         rows = [module_row(0, f"layer {i}", 1.0) for i in range(40)]

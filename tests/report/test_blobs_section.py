@@ -3,7 +3,7 @@
 import pytest
 import vl_convert
 
-from lightning_diag.report.sections.blobs import blobs_section
+from lightning_diag.report.sections.blobs import blob_history, blobs_section
 from tests.report.conftest import HOSTILE
 
 
@@ -73,12 +73,43 @@ def test_what_is_said(write_run):
         ("net", "3", "12.50 %", "3", "0.2", "0.09", "0.012"),
         ("net", "noise", "0.10 %", "", "", "", ""),
     ]
-    assert set(section.charts) == {"blob_history", "blobs"}
+    assert set(section.charts) == {"blob_history", "blob_spread", "blobs"}
     scatter = values(drawn(section.charts["blobs"]))
     assert [point["cluster"] for point in scatter] == ["1", "2", "noise"]
     assert [point["decoder"] for point in scatter] == [0.0, -1.0, -2.0]
     history = values(drawn(section.charts["blob_history"]))
-    assert {row["name"] for row in history} == {"net", "net, encoder", "net, decoder"}
+    assert {row["name"] for row in history if "name" in row} == {"net"}
+    spread = values(drawn(section.charts["blob_spread"]))
+    assert {row["name"] for row in spread} == {"net, encoder", "net, decoder"}
+
+
+def test_the_four_panels_hold_what_the_rows_say(write_run):
+    rows = [blob_row(29 + 30 * i, n) for i, n in enumerate([1, 3, 2])]
+    losses = [{"step": 9, "train_loss": 2.5}, {"step": 29, "train_loss": 0.5}]
+    losses += [{"step": 29, "val_loss": 0.75}]
+    spec = drawn(blob_history(write_run({"blob": rows, "metrics": losses})))
+    panels = {}
+    for panel in spec["concat"]:
+        layer = panel["layer"][0]
+        data = layer.get("data") or panel["data"]
+        points = data.get("values") or spec["datasets"][data["name"]]
+        title = layer["encoding"]["y"]["title"]
+        panels[title] = {(row["name"], row["x"], row["y"]) for row in points}
+    assert list(panels) == ["silhouette", "clusters", "correlation of the weights", "loss"]
+    assert panels["clusters"] == {("net", 29, 1.0), ("net", 59, 3.0), ("net", 89, 2.0)}
+    assert panels["loss"] == {
+        ("training", 9, 2.5),
+        ("training", 29, 0.5),
+        ("validation", 29, 0.75),
+    }
+
+
+def test_a_panel_without_numbers_keeps_its_place_and_says_why(write_run):
+    row = {"step": 9, "n_clusters_dbscan": 1, "silhouette_score": None}
+    spec = drawn(blob_history(write_run({"blob": [row]})))
+    assert len(spec["concat"]) == 4
+    assert "No silhouette: it needs two clusters." in str(spec)
+    assert "No loss: none was logged." in str(spec)
 
 
 def test_the_last_sample_is_drawn(write_run):
@@ -92,7 +123,7 @@ def test_one_cluster_and_what_was_left_out(write_run):
     section = blobs_section(write_run({"blob": [blob_row(9, 1, nonfinite=4)]}))
     assert section.lines[0].startswith("`net` has 1 cluster at step 9 in 5,000")
     assert section.lines[0].endswith("; 4 pairs left out as NaN or infinite.")
-    assert set(section.charts) == {"blob_history"}
+    assert set(section.charts) == {"blob_history", "blob_spread"}
 
 
 def test_many_pairs_of_weights(write_run):

@@ -136,6 +136,12 @@ def test_a_lone_spike(rng):
     assert_quiet(loss_run(losses))
 
 
+def test_a_second_loss_that_sets_in_late(rng):
+    losses = learned(rng, floor=0.02)
+    losses[150:] += 2.0 * exponential(250, 0.05)
+    assert_quiet(loss_run(losses))
+
+
 def test_a_lone_infinite_loss_that_the_scaler_skipped(rng):
     losses = learned(rng)
     losses[3] = np.inf

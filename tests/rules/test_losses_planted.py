@@ -203,6 +203,15 @@ def test_several_spikes_are_a_warning(rng):
     assert "3 times" in found.message
 
 
+def test_a_spike_from_which_the_loss_does_not_come_back(rng):
+    losses = falling(rng, 400)
+    losses[300:] += 1.2
+    losses[300] = 4.0
+    found = only(loss_run(losses), "loss_spike")
+    assert (found.severity, found.first_step) == ("warning", 300)
+    assert "has not come back" in found.message
+
+
 def test_spikes_of_a_tiny_loss_are_noted(rng):
     losses = falling(rng, 400, floor=1e-3)
     losses[[300, 340, 380]] = 0.1

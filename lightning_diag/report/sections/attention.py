@@ -1,7 +1,7 @@
 """Where attention went: entropy over the run, by module, head and query."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.report.section import Section, Table
@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 
     from lightning_diag.records.read_run import Run
 
-__all__ = ["attention_section"]
+__all__ = ["attention_section", "head_entropy"]
 
 Chart = Any
 """An Altair chart; the annotations of Altair itself do not fit one another."""
 
 _MOST_ROWS = 30
 _MOST_HEADS = 12
+_MOST_MODULES = 8
+_MOST_LINES = 10
 _VERDICTS = {
     "peaked": "one key has nearly all the weight",
     "sink": "the first key has most of the weight",
@@ -57,8 +59,85 @@ def attention_section(run: "Run") -> Section | None:
         "Attention",
         lines=tuple(_lines(whole, modules)),
         tables=tuple(table for table in tables if table.rows),
-        charts={"attention_entropy": _chart(frame)},
+        charts={
+            "attention_entropy": _chart(frame),
+            **_named("attention_heads", head_entropy(run.frame("attention_head"))),
+        },
     )
+
+
+def head_entropy(frame: "pl.DataFrame") -> Chart | None:
+    """Entropy of each head over the run, one panel a module.
+
+    Of many modules those are drawn whose heads differ most at the end, of many heads the ones at
+    both ends.
+
+    Args:
+        frame: The rows of ``attention_head``.
+
+    Returns:
+        None where there is no entropy of heads.
+    """
+    value, label, domain = "entropy_normalized", "share of the largest entropy", (0.0, 1.0)
+    if value not in frame.columns or frame[value].null_count() == len(frame):
+        value, label, domain = "entropy", "entropy (nats)", None
+    if not {"step", "component", "head", value} <= set(frame.columns):
+        return None
+    modules: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for (module,), own in frame.group_by(["component"], maintain_order=True):
+        if module is not None:
+            heads = points_by(own, value, by="head", whole="?")
+            modules[str(module)] = {
+                f"head {head}": heads[head] for head in sorted(heads, key=_place)
+            }
+    modules = {module: heads for module, heads in modules.items() if _ends(heads)}
+    if not modules:
+        return None
+    widest = sorted(modules, key=lambda module: -_spread(modules[module]))[:_MOST_MODULES]
+    said = ["1 is uniform, 0 a single key."] if domain else []
+    if len(widest) < len(modules):
+        said.append(f"{len(widest)} of {len(modules)} modules, those whose heads differ most.")
+    if any(len(heads) > _MOST_LINES for heads in modules.values()):
+        said.append(f"Of each module the {_MOST_LINES} heads with the least and the most.")
+    panels = [
+        Panel(label, _outermost(modules[module]), domain=domain, height=130, title=module)
+        for module in modules
+        if module in widest
+    ]
+    return line_chart("Entropy of attention by head", panels, said=said, columns=2)
+
+
+def _place(head: str) -> tuple[float, str]:
+    return (float(head) if head.isdecimal() else math.inf), head
+
+
+def _ends(heads: Mapping[str, Sequence[tuple[float, float | None]]]) -> dict[str, float]:
+    """The last number of each head that has any."""
+    found = {}
+    for head, points in heads.items():
+        known = [value for _, value in points if value is not None and math.isfinite(value)]
+        if known:
+            found[head] = known[-1]
+    return found
+
+
+def _spread(heads: Mapping[str, Sequence[tuple[float, float | None]]]) -> float:
+    ends = _ends(heads).values()
+    return max(ends) - min(ends)
+
+
+def _outermost(
+    heads: Mapping[str, list[tuple[float, float | None]]],
+) -> dict[str, list[tuple[float, float | None]]]:
+    ends = _ends(heads)
+    order = sorted(ends, key=lambda head: ends[head])
+    half = _MOST_LINES // 2
+    kept = order if len(order) <= _MOST_LINES else [*order[:half], *order[-half:]]
+    return {head: points for head, points in heads.items() if head in kept}
+
+
+def _named(name: str, chart: Chart | None) -> dict[str, Chart]:
+    return {} if chart is None else {name: chart}
 
 
 def _lines(whole: Sequence[dict[str, Any]], modules: dict[str, Any]) -> list[str]:

@@ -2,18 +2,20 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.report.section import Section, Table
 from lightning_diag.report.series import Panel, line_chart, points_by
 from lightning_diag.report.theme import chart_config
+from lightning_diag.rules.loss_series import training_losses, validation_losses
 
 if TYPE_CHECKING:
     import polars as pl
 
     from lightning_diag.records.read_run import Run
 
-__all__ = ["blobs_section"]
+__all__ = ["blob_history", "blobs_section"]
 
 Chart = Any
 """An Altair chart; the annotations of Altair itself do not fit one another."""
@@ -21,12 +23,7 @@ Chart = Any
 _PICTURES = 4
 _LINES = 10
 _NOISE = "noise"
-_PANELS = (
-    ("clusters", ("n_clusters_dbscan",), None),
-    ("silhouette", ("silhouette_score",), (-1.0, 1.0)),
-    ("correlation", ("weight_correlation",), (-1.0, 1.0)),
-    ("standard deviation", ("encoder_std", "decoder_std"), None),
-)
+_HEIGHT = 150
 _COLUMNS = ("pair", "cluster", "share", "encoder", "decoder", "encoder std", "decoder std")
 
 
@@ -45,7 +42,7 @@ def blobs_section(run: "Run") -> Section | None:
     last = _last(frame)
     cells = [cell for name, row in list(last.items())[:_LINES] for cell in _cells(name, row)]
     title = "Largest clusters of the last measurement, in units of the weights"
-    charts = {"blob_history": _history(frame)}
+    charts = {"blob_history": blob_history(run), "blob_spread": _spread(frame)}
     pictures = _last(run.frame("blob_sample"))
     drawn = {name: points for name in pictures if (points := _points(pictures[name]))}
     if drawn:
@@ -137,17 +134,52 @@ def _number(value: object) -> float | None:
     return float(value) if known else None  # type: ignore[arg-type]
 
 
-def _history(frame: "pl.DataFrame") -> Chart:
-    panels = []
-    for label, columns, domain in _PANELS:
-        series = {}
-        for column in columns:
-            for name, points in points_by(frame, column, whole=_name(None)).items():
-                side = f"{name}, {column.removesuffix('_std')}" if len(columns) > 1 else name
-                series[side] = points
-        panels.append(Panel(label, series, domain=domain, height=120))
-    said = ["Silhouette: from two clusters on. The correlation says nothing about health."]
-    return line_chart("Blobs of weight pairs", panels, said=said)
+def blob_history(run: "Run") -> Chart:
+    """Silhouette, number of clusters, correlation of the weights and losses, in four panels.
+
+    Args:
+        run: What `read_run` returned.
+    """
+    frame, metrics = run.frame("blob"), run.frame("metrics")
+    losses: dict[str, list[tuple[float, float | None]]] = {}
+    seen, checked = training_losses(run.frame("loss"), metrics), validation_losses(metrics)
+    if seen:
+        losses["training"] = list(zip(seen.steps, seen.means, strict=True))
+    if checked:
+        losses["validation"] = list(zip(checked[0], checked[1], strict=True))
+    panels = [
+        Panel(
+            "silhouette",
+            _by_pair(frame, "silhouette_score"),
+            domain=(-1.0, 1.0),
+            empty="it needs two clusters.",
+        ),
+        Panel("clusters", _by_pair(frame, "n_clusters_dbscan"), empty="none were counted."),
+        Panel(
+            "correlation of the weights",
+            _by_pair(frame, "weight_correlation"),
+            domain=(-1.0, 1.0),
+            empty="none was measured.",
+        ),
+        Panel("loss", losses, empty="none was logged."),
+    ]
+    panels = [replace(panel, height=_HEIGHT) for panel in panels]
+    said = ["The correlation of encoder and decoder weights says nothing about health."]
+    return line_chart("Blobs of weight pairs", panels, said=said, columns=2)
+
+
+def _spread(frame: "pl.DataFrame") -> Chart:
+    sides = {
+        f"{name}, {side}": points
+        for side in ("encoder", "decoder")
+        for name, points in _by_pair(frame, f"{side}_std").items()
+    }
+    panel = Panel("standard deviation", sides, height=_HEIGHT)
+    return line_chart("Spread of weight pairs", [panel])
+
+
+def _by_pair(frame: "pl.DataFrame", column: str) -> dict[str, list[tuple[float, float | None]]]:
+    return points_by(frame, column, whole=_name(None))
 
 
 def _points(row: Mapping[str, Any]) -> list[dict[str, Any]]:

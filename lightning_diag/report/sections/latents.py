@@ -82,7 +82,7 @@ def _chart(frame: "pl.DataFrame") -> Chart:
     panels = [
         Panel("deviation of all elements", points_by(frame, "latent_std", whole="model")),
         Panel(
-            "deviation of a dimension, isotropic = 1",
+            "deviation by dimension",
             points_by(frame, "std_ratio", whole="model"),
             rules={"isotropic": 1.0},
             height=150,
