@@ -71,7 +71,7 @@ _FILES: dict[str, str] = {}  # experiments that are files, by the name that Hydr
 def main() -> None:
     """Run the command line."""
     named_shell(sys.argv[1:])
-    app()
+    app(prog_name="lightning-diag")
 
 
 @app.callback()
@@ -367,6 +367,7 @@ def _hydra_config(overrides: list[str], folder: str | None) -> tuple["DictConfig
     """What overrides compose, and the option of each group."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
+    from omegaconf import open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     try:

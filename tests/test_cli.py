@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lightning_diag import read_run
@@ -230,6 +232,68 @@ def test_hydras_flags_are_passed_on(project, monkeypatch):
     assert "seed: 3\n" in shown.output
     assert "_target_: tiny.Tiny" in shown.output
     assert not (project / "runs").exists()
+
+
+def test_help_teaches():
+    shown = CliRunner().invoke(app, ["--help"], prog_name="lightning-diag", terminal_width=80)
+    assert shown.exit_code == 0
+    listed = shown.output.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    lines = dict(line.split(maxsplit=1) for line in listed)
+    assert list(lines)[:4] == ["train", "report", "compare", "monitor"]
+    assert {"doctor", "lr-cache", "batch-size", "version"} <= set(lines)
+    assert all(line.endswith(".") and "..." not in line for line in lines.values())
+    _, _, taught = shown.output.partition("Examples:\n")
+    examples = re.findall(r"^    lightning-diag (\S+)", taught, re.MULTILINE)
+    assert examples == ["train", "report", "train"]
+    assert [word for word in re.findall(r"\b([0-4]) [a-z]", taught)] == list("01234")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_for_a_shell_that_is_named(shell):
+    shown = run(".", "--show-completion", shell)
+    assert shown.returncode == 0, shown.stderr
+    assert f"_LIGHTNING_DIAG_COMPLETE=complete_{shell}" in shown.stdout
+    if shell == "bash":
+        wrong = run(".", "--show-completion", "tcsh")
+        assert wrong.returncode == 2
+        assert "'tcsh' is not one of 'bash', 'zsh', 'fish'" in wrong.stderr
+
+
+def test_completion_completes():
+    words = {"COMP_WORDS": "lightning-diag re", "COMP_CWORD": "1"}
+    asked = {**os.environ, **words, "_LIGHTNING_DIAG_COMPLETE": "complete_bash"}
+    done = subprocess.run(COMMAND, env=asked, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["report"], done.stderr
+
+
+def every_command(command, before=()):
+    commands = getattr(command, "commands", None)
+    if commands is None:
+        yield before, command
+    for name, one in (commands or {}).items():
+        yield from every_command(one, (*before, name))
+
+
+def test_every_command_takes_debug():
+    found = dict(every_command(get_command(app)))
+    assert len(found) > 10
+    for words, command in found.items():
+        assert "--debug" in {text for one in command.params for text in one.opts}, words
+
+
+@pytest.mark.parametrize("words", [["report", "no_run"], ["lr-cache", "show", "zz"]], ids=" ".join)
+def test_debug_may_stand_before_the_command(words):
+    for given in (["--debug", *words], [*words, "--debug"]):
+        assert isinstance(CliRunner().invoke(app, given).exception, UsageError)
+    plain = CliRunner().invoke(app, words)
+    assert plain.exit_code == 2
+    assert plain.stderr.startswith("error: ")
+
+
+def test_the_doctor_is_in():
+    shown = CliRunner().invoke(app, ["doctor"])
+    assert shown.exit_code in (0, 3)
+    assert "trains on: " in shown.output
 
 
 def test_version_names_what_it_stands_on():

@@ -3,8 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import fmean, pstdev
-from typing import Any
+from statistics import pstdev
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -25,22 +24,27 @@ Entry = tuple[int, float | None, float | None, float | None, int, int]
 class Progress:
     """Gathers judged steps, and makes one row of every ten; of every hundred in a long run.
 
+    It is not kept over a checkpoint: what was gathered becomes a row before.
+
     Attributes:
         entries: Step, loss, gradient norm, learning rate, whether the scaler skips it, and whether
             the gradient is not finite, of the steps since the last row.
+        broken: Whether the loss of the last step was not finite.
     """
 
     entries: list[Entry] = field(default_factory=list)
+    broken: bool = False
 
     def see(self, numbers: Numbers, verdict: Verdict, rate: float | None) -> Row | None:
         """Take one step; a row where it is the last of its ten."""
-        broken = numbers.values["nan"] + numbers.values["inf"] > 0
+        odd = numbers.values["nan"] + numbers.values["inf"] > 0
         self.entries.append(
-            (numbers.step, numbers.loss, numbers.norm, rate, int(numbers.skipped), int(broken))
+            (numbers.step, numbers.loss, numbers.norm, rate, int(numbers.skipped), int(odd))
         )
         many = _STEPS if numbers.step < _LONG_AFTER else _LONG_STEPS
-        # a break is told at once
-        now = len(self.entries) >= many or "nonfinite_loss" in verdict.kinds[:1]
+        before, self.broken = self.broken, "nonfinite_loss" in verdict.kinds[:1]
+        # a break is told at once, and not at each step that it lasts
+        now = len(self.entries) >= many or (self.broken and not before)
         return self.row(verdict.row) if now else None
 
     def row(self, latest: Row) -> Row | None:
@@ -62,7 +66,7 @@ class Progress:
         if odd:
             row["first_nonfinite"] = odd[0]
         row |= {
-            "gradient_norm": fmean(norms) if norms else None,
+            "gradient_norm": _mean(norms) if norms else None,
             "gradient_norm_max": max(norms, default=None),
             "gradient_nonfinite": sum(broken for *_, broken in entries),
             "skipped": sum(skipped for *_, skipped, _ in entries),
@@ -72,14 +76,6 @@ class Progress:
         }
         return row | {key: latest.get(key) for key in ("variance", "top_share", "predictions")}
 
-    def state(self) -> list[list[Any]]:
-        """For a checkpoint."""
-        return [list(entry) for entry in self.entries]
-
-    def load(self, state: Sequence[Sequence[Any]]) -> None:
-        """From a checkpoint."""
-        self.entries = [(*entry,) for entry in state]
-
 
 def _loss_columns(finite: Sequence[tuple[int, float]]) -> Row:
     if not finite:
@@ -87,12 +83,17 @@ def _loss_columns(finite: Sequence[tuple[int, float]]) -> Row:
     values = [loss for _, loss in finite]
     highest = max(finite, key=lambda pair: pair[1])
     return {
-        "loss": fmean(values),
+        "loss": _mean(values),
         "loss_std": pstdev(values),
         "loss_min": min(values),
         "loss_max": highest[1],
         "loss_max_step": highest[0],
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    # divided before they are added: a sum may be too large where the mean is not
+    return math.fsum(value / len(values) for value in values)
 
 
 def learning_rate(optimizers: Sequence[Optimizer]) -> float | None:

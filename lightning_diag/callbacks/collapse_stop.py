@@ -133,8 +133,9 @@ class CollapseStop(Diagnostic):
         (``stop``, ``rollback``, ``warn`` or null), ``restored_step`` (of a rollback).
 
         ``records/loss.jsonl``, one for ten judged steps (a hundred after step 20 000), at the last
-        of them: ``first_step``, ``steps``, ``loss`` (mean of the finite ones), ``loss_std``,
-        ``loss_min``, ``loss_max``, ``loss_max_step``, ``nonfinite``, ``first_nonfinite`` (step),
+        of them; for fewer before a checkpoint, at the end, and where the loss breaks:
+        ``first_step``, ``steps``, ``loss`` (mean of the finite ones), ``loss_std``, ``loss_min``,
+        ``loss_max``, ``loss_max_step``, ``nonfinite``, ``first_nonfinite`` (step),
         ``gradient_norm`` (mean), ``gradient_norm_max``, ``gradient_nonfinite``, ``skipped`` (counts
         of steps), ``lr`` (largest of all groups, at the last step), ``lr_min``, ``lr_max``, and
         ``variance``, ``top_share``, ``predictions`` of the last step, as above.
@@ -312,16 +313,22 @@ class CollapseStop(Diagnostic):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._act(trainer, pl_module)
-        rest = self._progress.row(self._latest)
-        if rest is not None:
-            self._loss_rows.append((self._last_step, rest))
+        self._end_progress()
         self._write(trainer)
         if self._triggered:
             self._write_report(trainer)
 
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._end_progress()
+        self._write(trainer)
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._write_progress(trainer)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         weights = {k: v for k, v in checkpoint["state_dict"].items() if k not in self._odd}
         flags = nonfinite_entries(weights).tolist()
@@ -386,12 +393,13 @@ class CollapseStop(Diagnostic):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
+        # written by `on_save_checkpoint`, which comes next: a resumed run begins with new rows
+        self._end_progress()
         return state | {
             "judge": self._judge.state(),
             "rollbacks": [dict(one) for one in self._rollbacks],
             "triggered": self._triggered,
             "last_step": self._last_step,
-            "progress": self._progress.state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -400,7 +408,6 @@ class CollapseStop(Diagnostic):
         self._rollbacks = [dict(one) for one in state_dict["rollbacks"]]
         self._triggered = state_dict["triggered"]
         self._last_step = state_dict["last_step"]
-        self._progress.load(state_dict.get("progress", []))
 
     # ---- measuring ----
 
@@ -511,7 +518,9 @@ class CollapseStop(Diagnostic):
         index = optimizer_index(trainer, optimizer)
         odd = window.odd_on_host(trainer, optimizer, index, self._replay.losses())
         if odd is not None:
-            self._replay_step(trainer, pl_module, window.step, odd, after=False)
+            others = set(range(len(trainer.optimizers))) - {index}
+            made = any(window.has_gradients(other) for other in others)
+            self._replay_step(trainer, pl_module, window.step, odd, after=made)
 
     def _replay_odd(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the step that was judged to be not finite, when it has been made already."""
@@ -645,6 +654,14 @@ class CollapseStop(Diagnostic):
         rows, self._rows = self._rows, []
         for step, row in rows:
             self.report(trainer, [row], step=step)
+        self._write_progress(trainer)
+
+    def _end_progress(self) -> None:
+        rest = self._progress.row(self._latest)
+        if rest is not None:
+            self._loss_rows.append((self._last_step, rest))
+
+    def _write_progress(self, trainer: Trainer) -> None:
         rows, self._loss_rows = self._loss_rows, []
         for step, row in rows:
             self.report(trainer, [row], step=step, prefix="loss")

@@ -1,7 +1,10 @@
 """Which operation was the first to make NaN or infinity?"""
 
+import gc
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
+from contextvars import copy_context
 from copy import deepcopy
 from dataclasses import dataclass
 from threading import Thread
@@ -9,13 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_diag.callbacks.base import Row
 from lightning_diag.callbacks.collapse_rollback import nonfinite_entries
-from lightning_diag.callbacks.nonfinite_replay_copy import aside
+from lightning_diag.callbacks.nonfinite_replay_copy import aside, tensors_in_use
 from lightning_diag.callbacks.nonfinite_replay_random import Generators, put_back
 from lightning_diag.callbacks.nonfinite_replay_rows import culprit_row, empty_row, finite_row
-from lightning_diag.callbacks.nonfinite_replay_trace import Culprit, TalksToRanksError, Trace
+from lightning_diag.callbacks.nonfinite_replay_trace import (
+    Culprit,
+    Deadline,
+    TalksToRanksError,
+    Trace,
+)
 from lightning_diag.callbacks.optimizers import gradient_scaler
 from lightning_diag.callbacks.wiring_tensors import named_tensors
 from lightning_diag.components import module_names
@@ -25,6 +34,9 @@ __all__ = ["NonfiniteReplay"]
 
 _LOOKS = 3
 _MOST_BYTES = 256 * 2**20
+# other ranks may wait for this one, as a rule for 600 s at most
+_MOST_SECONDS = 300
+_LAST_SECONDS = 10
 
 
 @dataclass
@@ -80,7 +92,8 @@ class NonfiniteReplay:
     def saw_loss(self, loss: Tensor) -> None:
         """Take note of the loss of the micro-batch under way, the first where there are several."""
         if self._batches and self._batches[-1].loss is None:
-            self._batches[-1].loss = loss
+            # of its graph nothing is held
+            self._batches[-1].loss = loss.detach()
 
     def losses(self) -> list[Tensor]:
         """The losses of the micro-batches that are kept."""
@@ -137,11 +150,24 @@ class NonfiniteReplay:
         if sharded:
             what = "the parameters are spread over ranks"
             return {**empty_row("sharded", what), "component": None, "kinds": kinds}
+        try:
+            return self._found(trainer, module, batches, weights, after) | {"kinds": kinds}
+        except Exception as error:
+            return _failed(error) | {"component": None, "kinds": kinds}
+
+    def _found(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        batches: list[_Batch],
+        weights: Mapping[str, Tensor] | None,
+        after: bool,
+    ) -> Row:
         lost = _nonfinite_weights(module) if after else []
         used = "later" if after else "same"
         if lost and weights is not None:
             used = "snapshot"
-        shared: Row = {"component": None, "kinds": kinds, "weights": used}
+        shared: Row = {"component": None, "weights": used}
         if lost and weights is None:
             more = f" and {len(lost) - 1} more" if lost[1:] else ""
             what = f"`{lost[0]}`{more} were not finite any more when this was noticed"
@@ -151,27 +177,11 @@ class NonfiniteReplay:
         row: Row = {}
         with put_back():
             for one in batches:
-                row = self._replayed(trainer, module, one, weights if lost else None)
+                row = _apart(trainer, module, one, weights if lost else None)
                 row["batch_idx"] = one.batch_idx
                 if row["reason"] != "finite":
                     break
         return row | shared
-
-    def _replayed(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        one: _Batch,
-        weights: Mapping[str, Tensor] | None,
-    ) -> Row:
-        try:
-            return _apart(lambda: _replay(trainer, module, one, weights), module.device)
-        except TalksToRanksError as error:
-            what = f"the step talks to the other ranks ({error}), which a replay must not"
-            return empty_row("collective", what)
-        except Exception as error:
-            text = str(error).strip().partition("\n")[0]
-            return empty_row("failed", f"the replay failed with {type(error).__name__}: {text}")
 
     def _make_room(self) -> None:
         """Only the micro-batch under way may be of any size."""
@@ -193,13 +203,16 @@ def _replay(
     module: LightningModule,
     one: _Batch,
     weights: Mapping[str, Tensor] | None,
+    deadline: Deadline,
 ) -> Row:
     copied = aside(trainer, module, one.step, weights)
     batch = deepcopy(one.batch)
-    trace = Trace(copied, module_names(copied))
+    names = module_names(copied)
+    trace = Trace(copied, names, deadline, tensors_in_use(trainer, module))
     for name, parameter in copied.named_parameters():
         parameter.grad = None
-        trace.given("parameter", name, parameter)
+        if not is_lazy(parameter):
+            trace.given("parameter", name, parameter)
     for name, buffer in copied.named_buffers():
         trace.given("buffer", name, buffer)
     for name, tensor in named_tensors(batch):
@@ -214,25 +227,47 @@ def _replay(
     return finite_row(one.batch, _same(losses, one.loss))
 
 
-def _apart(replay: Callable[[], Row], device: torch.device) -> Row:
+def _apart(
+    trainer: Trainer,
+    module: LightningModule,
+    one: _Batch,
+    weights: Mapping[str, Tensor] | None,
+) -> Row:
     """In a thread of its own, which no mode reaches that is entered here, nor autocast."""
     rows: list[Row] = []
-    errors: list[BaseException] = []
+    deadline = Deadline(_MOST_SECONDS)
+    home = torch.get_default_device()
 
     def run() -> None:
         try:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            rows.append(replay())
+            if module.device.type == "cuda":
+                torch.cuda.set_device(module.device)
+            with home if home.type != "cpu" else nullcontext():
+                rows.append(_replay(trainer, module, one, weights, deadline))
         except BaseException as error:
-            errors.append(error)
+            # it is not kept itself: it would hold the copy
+            rows.append(_failed(error))
 
-    thread = Thread(target=run, daemon=True)
+    thread = Thread(target=copy_context().run, args=(run,), daemon=True)
     thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
+    try:
+        thread.join()
+    except BaseException:
+        # nobody waits for it any more: it must draw no random number after this
+        deadline.at = 0
+        thread.join(_LAST_SECONDS)
+        raise
+    # modules of Lightning and of metrics hold each other: what the copy holds is given back now
+    gc.collect()
     return rows[0]
+
+
+def _failed(error: BaseException) -> Row:
+    if isinstance(error, TalksToRanksError):
+        what = f"the step talks to the other ranks ({error}), which a replay must not"
+        return empty_row("collective", what)
+    text = str(error).strip().partition("\n")[0]
+    return empty_row("failed", f"the replay failed with {type(error).__name__}: {text}")
 
 
 def _step(
@@ -291,6 +326,6 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def _nonfinite_weights(module: LightningModule) -> list[str]:
-    weights = dict(module.named_parameters())
+    weights = {name: x for name, x in module.named_parameters() if not is_lazy(x)}
     flags = nonfinite_entries(weights).tolist() if weights else []
     return [name for name, odd in zip(weights, flags, strict=True) if odd]

@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import import_module
+from pathlib import Path
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_diag.callbacks.wiring_tensors import named_tensors
@@ -20,10 +23,17 @@ from lightning_diag.lightning import (
     Trainer,
 )
 
-__all__ = ["aside"]
+__all__ = ["aside", "tensors_in_use"]
 
 _SHARED = (Callback, DataLoader, Dataset, LightningDataModule, Sampler)
 _MUTED = ("log", "log_dict", "print", "clip_gradients")
+# a data set with one of these is a memory that the step may write to, as in reinforcement learning
+_GROWS = ("add", "append", "extend", "insert", "push", "put", "store", "update")
+_CONTAINER = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+_READS = ("get_last_lr", "get_lr", "state_dict")
 
 
 def aside(
@@ -34,8 +44,8 @@ def aside(
 ) -> LightningModule:
     """The module once more: what it does there reaches neither the trainer nor a logger.
 
-    Everything that the module holds is copied but data sets and loaders; its optimizers, where it
-    asks for them, stand still.
+    Everything that the module holds is copied but loaders, and data sets that cannot grow; its
+    optimizers, where it asks for them, stand still.
 
     Args:
         trainer: The trainer that is running.
@@ -44,8 +54,11 @@ def aside(
         weights: Parameters and buffers that the copy gets, by name; None for the module's own.
 
     Raises:
+        MemoryError: If there is no room for a copy and its gradients.
+        RuntimeError: If a part gives itself for its copy.
         Exception: If something in the module cannot be copied.
     """
+    _check_room(module)
     quiet = import_module(f"{PACKAGE}.loggers.logger").DummyLogger()
     stand_in = _Trainer(trainer, quiet)
     if module.automatic_optimization:
@@ -54,6 +67,9 @@ def aside(
     for part in module.modules():
         _share(part, memo, quiet)
     copied = deepcopy(module, memo)
+    _check_apart(module, copied)
+    _rebind_functions(copied, memo)
+    vars(stand_in).update(lightning_module=copied, model=copied)
     _take_apart_from_compiler(module, copied)
     own = [part for part in copied.modules() if isinstance(part, LightningModule)]
     names = {id(p): q for p, q in zip(module.parameters(), copied.parameters(), strict=True)}
@@ -65,7 +81,10 @@ def aside(
         _untoggle(part)
         inside["manual_backward"] = _backward(trainer)
         inside["optimizers"] = _one_or_all(stand_in.optimizers)
-        schedulers = [_Still(config.scheduler) for config in trainer.lr_scheduler_configs]
+        schedulers = [
+            _Scheduler(config.scheduler, trainer.optimizers, stand_in.optimizers)
+            for config in trainer.lr_scheduler_configs
+        ]
         inside["lr_schedulers"] = _one_or_all(schedulers)
     if weights is not None:
         with torch.no_grad():
@@ -75,17 +94,97 @@ def aside(
     return copied
 
 
+def tensors_in_use(trainer: Trainer, module: LightningModule) -> Iterator[Tensor]:
+    """What the training itself reads and writes: weights, gradients and optimizer states."""
+    groups = [group for one in trainer.optimizers for group in one.param_groups]
+    own = [p for group in groups for p in group["params"]]
+    for tensor in [*module.parameters(), *module.buffers(), *own]:
+        if is_lazy(tensor):
+            continue
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
+    for optimizer in trainer.optimizers:
+        for _, tensor in named_tensors(list(optimizer.state.values())):
+            yield tensor
+
+
+def _check_room(module: LightningModule) -> None:
+    device = module.device
+    tensors = [x for x in (*module.parameters(), *module.buffers()) if not is_lazy(x)]
+    # the weights and their gradients
+    needed = 2 * sum(x.numel() * x.element_size() for x in tensors)
+    free = _free_bytes(device)
+    if needed > free:
+        raise MemoryError(f"a copy needs {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free")
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    import psutil
+
+    free = psutil.virtual_memory().available
+    limits = [file.read_text().strip() for file in _CONTAINER if file.exists()]
+    used = psutil.Process().memory_info().rss
+    return min([int(free), *(int(text) - used for text in limits if text.isdigit())])
+
+
+def _check_apart(module: LightningModule, copied: LightningModule) -> None:
+    own = {id(x) for x in (*module.modules(), *module.parameters(), *module.buffers())}
+    for name, part in copied.named_modules():
+        inside = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
+        if any(id(x) in own for x in (part, *inside)):
+            raise RuntimeError(f"`{name or type(part).__name__}` gives itself for its copy")
+
+
 def _share(part: nn.Module, memo: dict[int, Any], quiet: Logger) -> None:
     """What is not to be copied with a module, and what cannot be copied as it is."""
     for value in list(vars(part).values()):
         if isinstance(value, Logger):
             memo[id(value)] = quiet
-        elif isinstance(value, _SHARED):
+        elif isinstance(value, _SHARED) and not any(hasattr(value, name) for name in _GROWS):
             memo[id(value)] = value
         elif not isinstance(value, nn.Module):
             for _, tensor in named_tensors(value):
                 if tensor.grad_fn is not None:
                     memo[id(tensor)] = tensor.detach().clone()
+
+
+def _rebind_functions(copied: LightningModule, memo: Mapping[int, Any]) -> None:
+    """Functions are not copied with what they enclose: a ``lambda`` would use the original."""
+    for part in copied.modules():
+        # hooks are in dictionaries
+        for holder in [vars(part), *(x for x in vars(part).values() if isinstance(x, dict))]:
+            for key, value in holder.items():
+                if isinstance(value, FunctionType):
+                    holder[key] = _rebound(value, memo)
+
+
+def _rebound(function: FunctionType, memo: Mapping[int, Any]) -> FunctionType:
+    cells = [
+        CellType(memo[id(cell.cell_contents)]) if _is_known(cell, memo) else cell
+        for cell in function.__closure__ or ()
+    ]
+    if all(cell is old for cell, old in zip(cells, function.__closure__ or (), strict=True)):
+        return function
+    again = FunctionType(
+        *(function.__code__, function.__globals__, function.__name__),
+        argdefs=function.__defaults__,
+        closure=tuple(cells),
+    )
+    again.__kwdefaults__ = function.__kwdefaults__
+    again.__dict__.update(function.__dict__)
+    return again
+
+
+def _is_known(cell: CellType, memo: Mapping[int, Any]) -> bool:
+    try:
+        return id(cell.cell_contents) in memo
+    except ValueError:
+        # nothing has been put into it
+        return False
 
 
 def _take_apart_from_compiler(module: LightningModule, copied: LightningModule) -> None:
@@ -124,18 +223,38 @@ class _Still:
         """Nothing is loaded."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._behind, name)
+        value = getattr(self._behind, name)
+        if not callable(value) or name in _READS:
+            return value
+        what = f"{type(self._behind).__name__}.{name}"
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(f"the step calls `{what}`, which acts on what trains")
+
+        return refuse
+
+
+class _Scheduler(_Still):
+    def __init__(self, behind: Any, optimizers: list[Any], copies: list[Any]) -> None:
+        super().__init__(behind)
+        own = getattr(behind, "optimizer", None)
+        pairs = zip(optimizers, copies, strict=True)
+        self.optimizer = next((copied for one, copied in pairs if one is own), None)
 
 
 class _Optimizer(_Still):
     def __init__(self, behind: Any, copies: Mapping[int, Tensor]) -> None:
         super().__init__(behind)
+        # those that belong to no module are left out: they are the ones that train
         self.param_groups = [
-            {**group, "params": [copies.get(id(p), p) for p in group["params"]]}
+            {**group, "params": [copies[id(p)] for p in group["params"] if id(p) in copies]}
             for group in behind.param_groups
         ]
         self.state: dict[Any, Any] = {}
-        self.optimizer = self
+
+    @property
+    def optimizer(self) -> "_Optimizer":
+        return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for group in self.param_groups:

@@ -2,10 +2,11 @@
 
 import linecache
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 from types import FrameType
 from typing import Any
 
@@ -24,7 +25,16 @@ from lightning_diag.callbacks.nonfinite_replay_numbers import (
 )
 from lightning_diag.lightning import PACKAGE
 
-__all__ = ["Culprit", "Origin", "Place", "TalksToRanksError", "Trace"]
+__all__ = [
+    "Culprit",
+    "Deadline",
+    "Origin",
+    "Place",
+    "TalksToRanksError",
+    "TookTooLong",
+    "TouchesTrainingError",
+    "Trace",
+]
 
 _TALKS = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "_dtensor")
 # what they give is not meant to be read before it is written
@@ -42,6 +52,30 @@ _OURS = tuple(
 
 class TalksToRanksError(Exception):
     """The step wants to talk to the other ranks, which do not listen."""
+
+
+class TouchesTrainingError(Exception):
+    """The step wants to read or write what the training itself uses, and not the copy."""
+
+
+class TookTooLong(BaseException):
+    """The step ends here, whatever the step itself does about errors."""
+
+
+@dataclass
+class Deadline:
+    """When a step has to be over.
+
+    Attributes:
+        seconds: How long it may take.
+        at: When it ends, on the clock of `perf_counter`; may be brought forward by another thread.
+    """
+
+    seconds: float
+    at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.at = perf_counter() + self.seconds
 
 
 class Culprit(BaseException):
@@ -122,14 +156,24 @@ class Trace:
     Args:
         model: The model that runs; it must be one that nobody else uses.
         modules: Its modules by name.
+        deadline: When it has to be over.
+        untouched: What no operation may read or write.
 
     Attributes:
         before_backward: Called with what a backward pass begins from.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module],
+        deadline: Deadline,
+        untouched: Iterable[Tensor] = (),
+    ) -> None:
         self._model = model
         self._modules = modules
+        self._deadline = deadline
+        self._untouched = {_place_of(tensor) for tensor in untouched} - {None}
         self._stack: list[str] = []
         self._call: _Call | None = None
         self._calls: dict[Node, _Call] = {}
@@ -140,6 +184,8 @@ class Trace:
         self._count = 0
         # stands in where values go through memory that has no place, as that of sparse gradients
         self._first: Origin | None = None
+        # of a number that has left its tensor
+        self._number: Origin | None = None
         self.before_backward: Callable[[Tensor], object] | None = None
 
     def given(self, kind: str, name: str, tensor: Tensor) -> bool:
@@ -176,11 +222,17 @@ class Trace:
             return func(*args, **kwargs)
         if func.namespace in _TALKS:
             raise TalksToRanksError(f"{func.namespace}.{func.overloadpacket.__name__}")
+        if perf_counter() > self._deadline.at:
+            raise TookTooLong(f"it took longer than {self._deadline.seconds:g} s")
         name = func.overloadpacket.__name__
+        if any(_place_of(x) in self._untouched for x in all_tensors((args, kwargs))):
+            raise TouchesTrainingError(f"`aten.{name}` takes a tensor that trains, not its copy")
         inputs = list(_inputs(name, args, kwargs))
         # what is written in place must be looked at before
         before = [range_of(x) for x in inputs] if func._schema.is_mutable else None
         result = func(*args, **kwargs)
+        if name == "_local_scalar_dense" and not is_finite(inputs[0]):
+            self._number = self._origins.get(_place_of(inputs[0]) or 0)
         odd = [x for x in all_tensors(result) if not is_finite(x)]
         if odd and name in _UNWRITTEN:
             for tensor in odd:
@@ -201,6 +253,9 @@ class Trace:
         bad = [(x, found) for x, found in inputs if found.nan or found.inf]
         if not bad:
             numbers = list(_odd_numbers(given))
+            if numbers and self._number is not None:
+                self._number.place = self._number.place or place
+                return self._number
             kind = "op" if not numbers else "constant" if any(x != x for x in numbers) else "mask"
             return self._new(kind, place)
         with_nan = [pair for pair in bad if pair[1].nan]

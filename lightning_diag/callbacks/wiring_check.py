@@ -137,6 +137,7 @@ class WiringCheck(Diagnostic):
         self._twins = Twins()
         self._stepped: set[int] = set()
         self._still_looks: dict[str, int] = {}
+        self._cut_since: dict[str, int] = {}
         self._past: list[tuple[float, tuple[float, ...]]] = []
         self._known_book: Book | None = None
 
@@ -355,6 +356,7 @@ class WiringCheck(Diagnostic):
             look.add(f"left_{index}", value)
         look.rows += self._optimizer_rows(book)
         look.rows += self._silent_rows(book)
+        look.rows += self._lately_cut_rows(book, look.step) if automatic else []
         look.rows += self._tie_rows(pl_module, look.modules)
         left = (set(self._leftovers.closed), set(self._leftovers.clean))
         step_facts = (calls, trainer.accumulate_grad_batches if automatic else 1)
@@ -432,6 +434,31 @@ class WiringCheck(Diagnostic):
         if not unused and not zeros:
             rows.append(plain_row("unused_parameter", "ok", count=0))
         return rows + zeros
+
+    def _lately_cut_rows(self, book: Book, step: int) -> list[Row]:
+        """Parameters that had a gradient once and have none now, behind a cut that is seen."""
+        never = {subject.name for subject, _ in self._silent.found()}
+        cut: dict[str, str] = {}
+        for subject in book.subjects:
+            parameter = subject.parameter
+            mine = parameter.requires_grad and id(parameter) in book.optimized
+            if mine and parameter.grad is None and subject.name not in never:
+                place = self._cuts.place(subject.name.rpartition(".")[0])
+                if place is not None:
+                    cut[subject.name] = place
+        self._cut_since = {name: self._cut_since.get(name, step) for name in cut}
+        groups: dict[tuple[int, str], list[Subject]] = {}
+        places: dict[tuple[int, str], str] = {}
+        for subject in book.subjects:
+            if subject.name in cut:
+                key = (step - self._cut_since[subject.name], subject.component)
+                places.setdefault(key, cut[subject.name])
+                groups.setdefault(key, []).append(subject)
+        rows: list[Row] = []
+        for key, subjects in groups.items():
+            more = {"steps": max(1, key[0]), "at": places[key]}
+            rows += book.rows("detached_graph", subjects, kind="cut", **more)
+        return rows
 
     def _mode_rows(self, trainer: Trainer, modules: Mapping[str, Any]) -> list[Row]:
         book = self._book(trainer)

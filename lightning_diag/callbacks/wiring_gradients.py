@@ -56,8 +56,11 @@ class SilentParameters:
         if not silent or (watched >= _PATIENCE and not anew):
             return
         groups = optimizer.param_groups
-        if all(p.grad is None for group in groups for p in group["params"]):
-            # no backward pass at all, as where `training_step` gave None
+        empty = all(p.grad is None for group in groups for p in group["params"])
+        others = any(one != index and not left for one, left in self._silent.items())
+        if empty and not others:
+            # no backward pass at all, as where `training_step` gave None; an optimizer that is
+            # stepped without any gradient while others have theirs is another matter
             return
         self.steps[index] = watched + 1
         still = [one for one in silent if one.subject.parameter.grad is None]

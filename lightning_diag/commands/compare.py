@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lightning_diag.commands.errors import plain_errors
+from lightning_diag.commands.errors import UsageError, plain_errors
 from lightning_diag.commands.runs import opened
 from lightning_diag.commands.thresholds import check_thresholds, parsed_thresholds
 
@@ -59,9 +59,12 @@ def compare(
 
     Exits with 0, or with `--fail-on SEVERITY` with 3 where the gravest finding that is new or worse
     in B is a warning, and 4 where it is critical; 2 on wrong usage. A new finding that a finding of
-    both runs explains does not count.
+    both runs explains does not count. A run B that failed or was stopped counts as critical, one
+    that has measured nothing as a warning, unless A was no better.
     """
     with plain_errors(debug):
+        if html == Path("-"):
+            raise UsageError("`--html` must name a file; JSON alone can be printed, by `--json -`.")
         runs, given = (opened(before), opened(after)), parsed_thresholds(threshold or [])
         for run in runs:
             check_thresholds(run.config)

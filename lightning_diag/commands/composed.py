@@ -96,10 +96,11 @@ def _laid(
             _override(group, option, added=group in added) for group, option in groups.items()
         ]
         base, there = compose(overrides, folder)
+        chosen = {**_taken_away(there, chosen), **chosen}
         left = [
             group
             for group, option in chosen.items()
-            if group not in groups and option is not None and option != there.get(group)
+            if group not in groups and option != there.get(group)
         ]
         if not left:
             return groups, added, base
@@ -107,6 +108,12 @@ def _laid(
             # what is higher up first: it may bring the others
             added.append(min(left, key=lambda group: group.count("/")))
             groups[added[-1]] = chosen[added[-1]]
+
+
+def _taken_away(there: Mapping[str, object], chosen: Mapping[str, object]) -> dict[str, object]:
+    """Groups that an option brings and the run does not have."""
+    own = (group for group in there if group != "experiment" and not group.startswith("hydra/"))
+    return {group: None for group in own if group not in chosen}
 
 
 def _primary() -> dict[str, str | None]:
@@ -145,14 +152,23 @@ def _read(run: "Run", name: str) -> dict[str, Any]:
 
 
 def _folder(runtime: Mapping[str, Any]) -> str | None:
+    """The user's own folder of configuration, as `--config-dir` or a search path named it."""
     from pathlib import Path
 
+    own = []
     for source in runtime.get("config_sources") or []:
-        if source.get("provider") == "command-line":
-            folder = str(source.get("path")).removeprefix("file://")
-            if not Path(folder).is_dir():
-                raise UsageError(
-                    f"The run was composed with `--config-dir {folder}`, which is not there."
-                )
-            return folder
-    return None
+        if source.get("provider") in ("command-line", "hydra.searchpath in command-line"):
+            schema = source.get("schema") or "file"
+            path = str(source.get("path"))
+            own.append(path if schema == "file" else f"{schema}://{path}")
+    own = [path.removeprefix("file://") for path in own]
+    if not own:
+        return None
+    if len(own) > 1 or "://" in own[0]:
+        raise UsageError(
+            "`--apply` needs a run with one folder of configuration besides the package's, "
+            f"got {', '.join(own)}."
+        )
+    if not Path(own[0]).is_dir():
+        raise UsageError(f"The run was composed with `--config-dir {own[0]}`, which is not there.")
+    return own[0]

@@ -75,19 +75,32 @@ def _apply(run: "Run", findings: "list[Finding]", composed: ComposedRun, file: P
 
     made = changes(findings, run.config)
     for finding, reason in left_out(findings, run.config):
-        typer.echo(f"not applied: {finding.rule}, {reason}")
+        where = f" ({_printable(finding.component)})" if finding.component else ""
+        typer.echo(f"not applied: {finding.rule}{where}, {reason}")
     if not made:
         typer.echo(f"No override applies, so `{file}` is not written.")
         return
     title = f"The experiment of the run {run.path.resolve().name}, with what its findings ask for."
     text = experiment_yaml(
-        composed.groups, composed.added, composed.body, made, title=title, kept=composed.kept
+        composed.groups,
+        composed.added,
+        composed.body,
+        made,
+        title=title,
+        kept=composed.kept,
+        config=run.config,
     )
     write_text(file, text)
     typer.echo(f"written: {file}")
     for change in made:
         before, value = in_a_line(change.before), in_a_line(change.value)
-        typer.echo(f"  {change.key}: {before} -> {value} ({change.finding.rule})")
+        typer.echo(f"  {_printable(change.key)}: {before} -> {value} ({change.finding.rule})")
+    for key in composed.kept:
+        typer.echo(f"  {_printable(key)}: comes back with its group, the run did not have it")
     folder = ["--config-dir", composed.folder] if composed.folder else []
     command = ["lightning-diag", "train", *folder, f"experiment={file}"]
     typer.echo(f"next: {shlex.join(command)}")
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_diag.report.charts import gradient_flow, training
 from lightning_diag.report.sections.attention import head_entropy
@@ -12,10 +12,24 @@ from lightning_diag.rules.finding import Finding
 if TYPE_CHECKING:
     from lightning_diag.records.followed_run import FollowedRun
 
-__all__ = ["CHARTS", "Draw", "chart_spec"]
+__all__ = ["CHARTS", "Draw", "LiveChart", "chart_spec"]
 
 Draw = Callable[["FollowedRun", Sequence[Finding]], Any]
 """From a run and its findings to an Altair chart; None where there is nothing to draw."""
+
+
+class LiveChart(NamedTuple):
+    """A chart, and what it is drawn from.
+
+    Attributes:
+        files: Names of the record files; without rows in any of them there is no chart.
+        draw: What draws it.
+        also: Names of further files of which it shows something.
+    """
+
+    files: tuple[str, ...]
+    draw: Draw
+    also: tuple[str, ...] = ()
 
 
 def _of_section(section: str, chart: str) -> Draw:
@@ -29,29 +43,21 @@ def _of_section(section: str, chart: str) -> Draw:
     return draw
 
 
-CHARTS: Mapping[str, tuple[tuple[str, ...], Draw]] = {
-    "training": (("metrics", "loss"), lambda run, _: training(run)),
-    "gradient_flow": (("grad",), gradient_flow),
-    "update_ratio": (("update",), _of_section("updates", "update_ratio")),
-    "attention_entropy": (
-        ("attention", "attention_head"),
-        _of_section("attention", "attention_entropy"),
+CHARTS: Mapping[str, LiveChart] = {
+    "training": LiveChart(("metrics", "loss"), lambda run, _: training(run)),
+    "gradient_flow": LiveChart(("grad",), gradient_flow),
+    "update_ratio": LiveChart(("update",), _of_section("updates", "update_ratio")),
+    "attention_entropy": LiveChart(("attention",), _of_section("attention", "attention_entropy")),
+    "attention_heads": LiveChart(
+        ("attention_head",), lambda run, _: head_entropy(run.frame("attention_head"))
     ),
-    "attention_heads": (
-        ("attention_head",),
-        lambda run, _: head_entropy(run.frame("attention_head")),
-    ),
-    "activations": (("activation",), _of_section("activations", "activations")),
-    "latents": (("latent",), _of_section("latents", "latents")),
-    "blob_history": (("blob", "metrics", "loss"), lambda run, _: _blob_history(run)),
-    "blobs": (("blob", "blob_sample"), _of_section("blobs", "blobs")),
-    "hardware": (("hardware",), _of_section("hardware", "hardware")),
+    "activations": LiveChart(("activation",), _of_section("activations", "activations")),
+    "latents": LiveChart(("latent",), _of_section("latents", "latents")),
+    "blob_history": LiveChart(("blob",), lambda run, _: blob_history(run), ("metrics", "loss")),
+    "blobs": LiveChart(("blob_sample",), _of_section("blobs", "blobs"), ("blob",)),
+    "hardware": LiveChart(("hardware",), _of_section("hardware", "hardware")),
 }
-"""Name of a chart to the record files it shows, and what draws it; in the order of the page."""
-
-
-def _blob_history(run: "FollowedRun") -> Any:  # noqa: ANN401
-    return blob_history(run) if len(run.frame("blob")) else None
+"""The charts by name, in the order of the page."""
 
 
 def chart_spec(

@@ -128,10 +128,11 @@ class WatchedRun:
         self._was_there |= self._run.exists
         if changed:
             self._looks += 1
-            for name, (prefixes, _) in CHARTS.items():
-                if changed & set(prefixes):
+            there = set(self._run.prefixes)
+            for name, chart in CHARTS.items():
+                if there & set(chart.files) and changed & {*chart.files, *chart.also}:
                     self.versions[name] = self._looks
-            self.findings = diagnose(self._run) if self._run.prefixes else []
+            self.findings = diagnose(self._run) if there else []
         return True
 
     @property
@@ -157,7 +158,7 @@ class WatchedRun:
         Raises:
             KeyError: There is no chart of this name.
         """
-        _, draw = CHARTS[name]
+        draw = CHARTS[name].draw
         version = self.versions.get(name, 0)
         known = self._specs.get(name)
         if known is None or known[0] != version:

@@ -83,6 +83,7 @@ class WatchedRuns:
             return {
                 "title": self.path.resolve().name,
                 "interval": self.interval,
+                "order": list(CHARTS),
                 "version": sum(run.versions.get("training", 0) for run in runs) + len(runs),
                 "behind": self._next > 0 or any(run.behind for run in runs),
                 "runs": [self._run_state(run, n in whole) for n, run in enumerate(runs)],

@@ -45,6 +45,7 @@ class Side:
         status: How its last attempt ended, or ``running``; None where nobody knows.
         verdict: What `lightning-diag report` says of it.
         steps: The last step that any row of it has; None where it has no rows.
+        stopped: Whether a diagnostic stopped it.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Side:
     status: str | None
     verdict: Verdict
     steps: int | None
+    stopped: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error ended its last attempt."""
+        return self.status == "failed"
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ class Comparison:
     def exit_code(self, fail_on: FailOn | None) -> int:
         """0 where nothing that counts is new or worse; else 3 for a warning, 4 for a critical one.
 
-        A new finding that a finding of both runs explains does not count.
+        A new finding that a finding of both runs explains does not count. A second run that cannot
+        be judged counts, where the first one could be: see `setback`.
 
         Args:
             fail_on: The mildest severity that counts; None for none.
@@ -94,9 +102,30 @@ class Comparison:
         if fail_on is None:
             return 0
         gravest = max((one.alarm for one in self.findings), default=0)
+        gravest = max(gravest, self._fallen[0])
         if gravest < SEVERITIES.index(fail_on):
             return 0
         return _STATUS[SEVERITIES[gravest]]
+
+    @property
+    def setback(self) -> str:
+        """What is worse in the second run though no finding says so; empty where nothing is.
+
+        It failed, was stopped by a diagnostic or measured nothing, and the first one did not.
+        """
+        return self._fallen[1]
+
+    @property
+    def _fallen(self) -> tuple[int, str]:
+        before, after = self.before, self.after
+        if after.failed and not before.failed:
+            return 2, "B failed, A did not."
+        if after.stopped and not before.stopped:
+            return 2, "A diagnostic stopped B, none stopped A."
+        nothing = "nothing measured"
+        if after.verdict.state == nothing and before.verdict.state != nothing:
+            return 1, "B has measured nothing, so that nothing can be said to be better or gone."
+        return 0, ""
 
     @property
     def headline(self) -> str:
@@ -104,9 +133,10 @@ class Comparison:
         counts = {state: len(self.of(state)) for state in ("gone", "new", "still")}
         worse = sum(one.change == "worse" for one in self.findings)
         if not any(counts.values()):
-            return "Nothing was found in either run."
+            return " ".join(filter(None, ["Nothing was found in either run.", self.setback]))
         parts = [f"{counts['gone']} gone", f"{counts['new']} new", f"{counts['still']} still there"]
-        return f"Findings: {', '.join(parts)}{f' ({worse} worse)' if worse else ''}."
+        told = f"Findings: {', '.join(parts)}{f' ({worse} worse)' if worse else ''}."
+        return " ".join(filter(None, [told, self.setback]))
 
     def to_dict(self, fail_on: FailOn | None = None) -> dict[str, Any]:
         """The comparison as JSON can hold it; what ``lightning-diag compare --json`` writes.
@@ -160,7 +190,9 @@ def compare(before: "Run", after: "Run", thresholds: Mapping[str, Any] | None = 
     return Comparison(
         before=sides[0],
         after=sides[1],
-        findings=compared_findings(found[0], found[1]),
+        findings=compared_findings(
+            found[0], found[1], -1 if sides[1].steps is None else sides[1].steps
+        ),
         metrics=compared_metrics(before, after),
         machine=compared_machine(before, after),
         configuration=compared_configurations(before, after),
@@ -189,6 +221,7 @@ def _seen(name: str, run: "Run", findings: Sequence[Any]) -> Side:
         status=info.get("status"),
         verdict=verdict,
         steps=max(steps, default=None),
+        stopped=isinstance(info.get("stop_reason"), Mapping),
     )
 
 

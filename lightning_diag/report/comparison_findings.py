@@ -1,5 +1,6 @@
 """The findings of two runs, paired."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,12 +22,26 @@ class FindingChange:
         before: The finding of the first run.
         after: The finding of the second run.
         known_cause: Whether a finding of both runs explains this one.
+        reached: Whether the second run came to the step at which one that is gone began in the
+            first; true for the others.
     """
 
     state: State
     before: Finding | None
     after: Finding | None
     known_cause: bool = False
+    reached: bool = True
+
+    @property
+    def moved(self) -> str | None:
+        """The part that one which is still there was in before, if that was another; else None.
+
+        An empty text stands for the whole model.
+        """
+        if self.before is None or self.after is None:
+            return None
+        before = self.before.component
+        return None if before == self.after.component else before or ""
 
     @property
     def finding(self) -> Finding:
@@ -63,12 +78,15 @@ class FindingChange:
             "change": self.change,
             "caused_by": one.caused_by,
             "known_cause": self.known_cause,
+            "reached": self.reached,
             "before": self.before.to_dict() if self.before else None,
             "after": self.after.to_dict() if self.after else None,
         }
 
 
-def compared_findings(before: Sequence[Finding], after: Sequence[Finding]) -> list[FindingChange]:
+def compared_findings(
+    before: Sequence[Finding], after: Sequence[Finding], last_step: float = math.inf
+) -> list[FindingChange]:
     """Pair findings by rule and component, then by rule alone; those above ``info`` in either run.
 
     New ones come first, then those that are still there, then those that are gone; in each the
@@ -77,6 +95,7 @@ def compared_findings(before: Sequence[Finding], after: Sequence[Finding]) -> li
     Args:
         before: Of the first run, causes first.
         after: Of the second run, causes first.
+        last_step: That of the second run.
     """
     pairs: dict[int, Finding] = {}
     left = list(before)
@@ -94,17 +113,22 @@ def compared_findings(before: Sequence[Finding], after: Sequence[Finding]) -> li
         if max(finding.rank, partner.rank if partner else 0) == 0:
             continue
         if finding.rank == 0:
-            still.append(FindingChange("gone", partner, None))
+            still.append(_gone(partner, math.inf))
         elif partner is None or partner.rank == 0:
             known = finding.caused_by in kept
             new.append(FindingChange("new", None, finding, known))
         else:
             still.append(FindingChange("still", partner, finding))
     gone = [one for one in still if one.state == "gone"]
-    gone += [FindingChange("gone", one, None) for one in left if one.rank]
+    gone += [_gone(one, last_step) for one in left if one.rank]
     order = {id(one): place for place, one in enumerate(before)}
     gone.sort(key=lambda one: order[id(one.before)])
     return [*new, *(one for one in still if one.state == "still"), *gone]
+
+
+def _gone(before: Finding | None, last_step: float) -> FindingChange:
+    began = -1 if before is None or before.first_step is None else before.first_step
+    return FindingChange("gone", before, None, reached=began <= last_step)
 
 
 def _same_part(one: Finding, other: Finding) -> bool:

@@ -116,6 +116,8 @@ TEMPLATE = """\
 <p class="tags"><span class="tag">{{ found.severity }}</span>
 {% if change.change in ("worse", "milder") %}
 <span>{{ change.change }}: was {{ change.before.severity }}</span>{% endif %}
+{% if change.moved is not none %}<span>was in: {{ change.moved or whole }}</span>{% endif %}
+{% if not change.reached %}<span>B has not come to that step</span>{% endif %}
 {% set steps = step_words(found.first_step, found.last_step) %}
 {% if steps %}<span>{{ steps }}</span>{% endif %}
 {% if found.caused_by %}<span>caused by: {{ found.caused_by|replace("_", " ") }}

@@ -106,6 +106,10 @@ def _finding(one: FindingChange) -> "Text":
     if found.caused_by:
         known = ", which was there before" if one.known_cause else ""
         line.append(f" (caused by {found.caused_by.replace('_', ' ')}{known})", "dim")
+    if one.moved is not None:
+        line.append(f" (was in: {one.moved or WHOLE})")
+    if not one.reached:
+        line.append(f" (B has not come to step {found.first_step}, where it began in A)")
     if one.state != "gone":
         line.append(f"\n            {found.message}")
     return line

@@ -1,6 +1,9 @@
 """A run's experiment, with the changes that its findings ask for, as a file for Hydra."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 from lightning_diag.report.norms import WHOLE
@@ -78,6 +81,7 @@ def experiment_yaml(
     *,
     title: str,
     kept: Sequence[str] = (),
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of an experiment: the run's groups, its own values, and the changes.
 
@@ -90,18 +94,22 @@ def experiment_yaml(
         made: The changes.
         title: Says what the file is, in a line.
         kept: Keys that the run did not have, and that come back with the groups.
+        config: The run's configuration, resolved: it has what an interpolation stands for, where a
+            change lies inside of that.
     """
     lines = ["# @package _global_", f"# {_one_line(title)}"]
-    lines += [f"# The run did not have `{key}`, which comes back with its group." for key in kept]
+    gone = map(_one_line, kept)
+    lines += [f"# The run did not have `{key}`, which comes back with its group." for key in gone]
     lines += ["defaults:"]
-    for group, option in groups.items():
+    # Hydra takes overrides at the end of a list of defaults alone
+    for group in sorted(groups, key=lambda group: group not in added):
         prefix = "/" if group in added else "override /"
-        lines.append(f"  - {prefix}{group}: {in_a_line(option)}")
+        lines.append(f"  - {in_a_line(prefix + group)}: {in_a_line(groups[group])}")
     tree: dict[str, Any] = {}
     _lay(tree, body)
     notes = {change.path: _note(change) for change in made}
     for change in made:
-        _put(tree, change.path, change.value)
+        _put(tree, change.path, change.value, config)
     lines += ["", *_written(tree, notes, ())]
     return "\n".join(lines) + "\n"
 
@@ -117,11 +125,28 @@ def in_a_line(value: object) -> str:
 
     import yaml
 
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=float("inf"), sort_keys=False
+    text: str = yaml.dump(
+        value,
+        Dumper=_dumper(),
+        default_flow_style=True,
+        allow_unicode=True,
+        width=float("inf"),
+        sort_keys=False,
     )
     text = text.removesuffix("\n").removesuffix("\n...")
     return text if len(text.splitlines()) == 1 else json.dumps(value)
+
+
+@cache
+def _dumper() -> Any:  # noqa: ANN401 - a class of PyYAML, which is loaded here only
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """Puts quotes around ``1e-3`` too, which is a word to PyYAML and a number to Hydra."""
+
+    number = re.compile(r"^[-+]?(\d[\d_]*)?\.?[\d_]*([eE][-+]?\d+)?$")
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:int", number, list("-+.0123456789"))
+    return Dumper
 
 
 def _lay(tree: dict[str, Any], body: Mapping[str, Any]) -> None:
@@ -133,10 +158,19 @@ def _lay(tree: dict[str, Any], body: Mapping[str, Any]) -> None:
             tree[key] = value
 
 
-def _put(tree: dict[str, Any], path: Sequence[str], value: object) -> None:
+def _put(
+    tree: dict[str, Any],
+    path: Sequence[str],
+    value: object,
+    config: Mapping[str, Any] | None,
+) -> None:
+    known: object = config
     for part in path[:-1]:
+        known = known.get(part) if isinstance(known, Mapping) else None
         if not isinstance(tree.get(part), dict):
-            tree[part] = {}
+            # an interpolation that stands for a mapping, of which one value changes
+            follows = isinstance(tree.get(part), str)
+            tree[part] = deepcopy(dict(known)) if follows and isinstance(known, Mapping) else {}
         tree = tree[part]
     tree[path[-1]] = value
 
@@ -165,4 +199,5 @@ def _written(
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """Without what ends a line, and without what YAML refuses even in a comment."""
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_diag.report.theme import DASHES, WARNING, chart_config
 from lightning_diag.report.thinning import thin
@@ -113,7 +113,9 @@ def line_chart(
         drawn.append(_panel(panel, names, edges, x if lowest else None, width))
         legends.append(names)
         words += [f"{called}: {_described(name, panel.series[name])}" for name in names]
-    alike = "shared" if all(names == legends[0] for names in legends) else "independent"
+    alike: Literal["shared", "independent"] = (
+        "shared" if all(names == legends[0] for names in legends) else "independent"
+    )
     chart = (
         alt.vconcat(*drawn, spacing=16)
         if columns == 1
@@ -165,7 +167,7 @@ def _panel(
 
     size: dict[str, Any] = {"width": width, "height": panel.height}
     if panel.title:
-        size["title"] = alt.Title(panel.title, fontSize=12, offset=6)
+        size["title"] = alt.Title(panel.title, fontSize=12, offset=6, limit=width)
     if not names and not panel.others:
         return _words(f"No {panel.label}: {panel.empty}").properties(**size)
     rows = [row for name in names for row in _rows(panel, name)]

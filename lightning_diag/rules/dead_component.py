@@ -38,6 +38,7 @@ class DeadComponent:
     needs="grad",
     thresholds=DeadComponent,
     explains=(
+        "unused_parameter",
         "divergence",
         "loss_spike",
         "representation_collapse",

@@ -25,7 +25,6 @@ _COLUMNS = ("part", "function", "count", "units", "zero_share", "dead_now", "dea
 class DeadRelu:
     """Thresholds of `dead_relu`."""
 
-    min_units: float = field(default=3, metadata={"unit": "units"})
     max_share: float = field(default=0.5, metadata={"unit": "share of a layer's units"})
     small_layer: float = field(default=2.0, metadata={"unit": "units more, of a layer's"})
     critical_share: float = field(default=0.9, metadata={"unit": "share of a layer's units"})
@@ -84,8 +83,8 @@ class _Dead:
 def _judge(name: str, rows: list[dict[str, Any]], t: DeadRelu) -> _Dead | None:
     rows = [row for row in rows if row.get("dead_now") is not None]
     units = number(rows[-1], "units") if rows else 0.0
-    # a ReLU over a single number is a hinge: a loss, and no layer
-    if not units >= t.min_units:
+    # a ReLU in the step itself is the hinge of a loss, and no layer
+    if not units > 0 or name.partition("#")[0] == "training_step":
         return None
     limit = min(1.0, t.max_share + t.small_layer / units)
     few = number(rows[-1], "count") / units < t.min_samples

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["diagnose", "order_findings"]
 
 _EVERYWHERE = ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
-_BLOCKING = ("dead_relu", "saturated_activation")
+_SPREADING = ("dead_relu", "saturated_activation", "input_scale")
+_EITHER_WAY = (("unused_parameter", "dead_component"), ("dead_component", "unused_parameter"))
+_EXACT = ("nonfinite_gradient", "nonfinite_loss")  # told to the step
 _WINDOWS = ("loss.jsonl", "metrics.jsonl")
 _WINDOW_STEPS = 10
 _FROM_THE_START = 20  # steps: what is seen first that early has been so from the start
@@ -115,16 +117,31 @@ def _chain(finding: Finding, findings: Iterable[Finding]) -> set[str]:
 def _explains(cause: Finding, effect: Finding) -> bool:
     if cause.rank == 0 or effect.rule not in RULES[cause.rule].explains:
         return False
-    if place(cause.rule) > place(effect.rule) and not _step(cause) < _step(effect):
+    pair = (cause.rule, effect.rule)
+    if pair in _EITHER_WAY:
+        # connected, and nothing but zeros comes back: that is a part which died, and no loose end
+        zeros = "zeros" in (cause if pair == _EITHER_WAY[0] else effect).unit
+        return zeros == (pair == _EITHER_WAY[1]) and _together(cause, effect)
+    if place(cause.rule) > place(effect.rule) and not _before(cause, effect):
         return False
     # a loss that is the same to the last bit is an effect of gradients that are tiny, but there
     if (cause.rule, cause.unit, effect.rule) == ("detached_graph", "loss", "vanishing_gradient"):
         return False
     # a part that died or blew up disturbs the balance of all, and one that lets nothing through
     # silences what comes before it; other effects stay where they began
-    anywhere = cause.rule in _BLOCKING or effect.rule in _EVERYWHERE
-    together = None in (cause.component, effect.component) or cause.component == effect.component
-    return (anywhere or together) and _earliest(cause) <= _latest(cause, effect)
+    anywhere = cause.rule in _SPREADING or effect.rule in _EVERYWHERE
+    near = anywhere or _together(cause, effect)
+    return near and _earliest(cause) <= _latest(cause, effect)
+
+
+def _together(cause: Finding, effect: Finding) -> bool:
+    return None in (cause.component, effect.component) or cause.component == effect.component
+
+
+def _before(cause: Finding, effect: Finding) -> bool:
+    """Whether it surely began earlier, and not only was seen earlier in the first steps."""
+    exact = cause.rule in _EXACT and effect.rule in _EXACT
+    return _step(cause) < _step(effect) and (exact or _step(effect) >= _FROM_THE_START)
 
 
 def _step(finding: Finding) -> int:

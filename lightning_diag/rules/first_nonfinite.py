@@ -45,17 +45,24 @@ _REASONS = {
 }
 
 
-def first_nonfinite(nonfinite: "pl.DataFrame", last_step: int | None = None) -> dict[str, Any]:
+def first_nonfinite(
+    nonfinite: "pl.DataFrame", last_step: int | None = None, first_step: int | None = None
+) -> dict[str, Any]:
     """The first row that says where it came from; empty where there is none.
 
     Args:
         nonfinite: Rows of ``nonfinite.jsonl``.
         last_step: Last step that is meant; None for any.
+        first_step: Where that is known, the first step that was not finite: the last row up to it
+            is meant, since there is one more after each rollback.
     """
     if "reason" not in nonfinite.columns or "step" not in nonfinite.columns:
         return {}
     rows = nonfinite.sort("step", maintain_order=True).to_dicts()
     known = [row for row in rows if row.get("reason") in _FOUND]
+    before = [row for row in known if first_step is not None and row["step"] <= first_step]
+    if before:
+        return before[-1]
     return next((row for row in known if last_step is None or row["step"] <= last_step), {})
 
 

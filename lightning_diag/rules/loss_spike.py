@@ -46,6 +46,7 @@ class _Spike(NamedTuple):
     family="losses",
     needs=("loss", "metrics", "grad"),
     thresholds=LossSpike,
+    explains=("nonfinite_loss", "nonfinite_gradient"),
     reference="Ten times the mean of the window: the reference systems and Megatron-LM; 6 standard "
     "deviations of the own past: OLMo-core's SkipStepOptimizer.",
     remedy=calm_steps,

@@ -73,7 +73,7 @@ def nonfinite_gradient(
             if trace.component is not None:
                 bad[step].append(trace.component)
     if len(bad) >= max(1, thresholds.min_rows):
-        row = first_nonfinite(nonfinite, max(bad))
+        row = first_nonfinite(nonfinite, max(bad), min(bad))
         return [_taken(bad, traces, whole_traces(kept), thresholds, row)]
     row = first_nonfinite(nonfinite)
     if "nonfinite_gradient" in str(row.get("kinds")):

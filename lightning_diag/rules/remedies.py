@@ -47,6 +47,7 @@ _MOST_WORKERS = 16
 _MANY_ACCUMULATED = 8
 _TIGHT_CLIP = 0.1
 _MOST_DROPOUT = 0.5
+_BOOST = 3.0
 _ADAPTIVE = ("adam", "lion", "lamb", "adafactor", "rmsprop", "adagrad", "adadelta")
 _SQUASHING = ("tanh", "sigmoid", "hardtanh", "hardsigmoid", "softsign")
 
@@ -153,38 +154,59 @@ def raise_rate(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]
 
 
 def _scaled_rate(finding: Finding, config: Mapping[str, Any], factor: float) -> dict[str, object]:
-    """The rate times a factor: that of the component alone where it has one that is off."""
-    own = _own_rate(finding, config, factor)
+    """The rate times a factor: that of the component alone where that will do.
+
+    A rate that is off is brought back. What is too slow in one part alone is no reason to drive
+    the others, so a component gets a higher rate for itself, where the configuration can say so.
+    """
+    rate, limit = _number(config, "optimizer.lr"), math.inf
+    if _adaptive(config):
+        limit = _LARGEST_ADAPTIVE_RATE if factor > 1 else _SAFE_ADAPTIVE_RATE
+    own = _own_rate(finding, config, factor, math.inf if rate is None else limit / rate)
     if own is not None:
         return own
-    rate = _number(config, "optimizer.lr")
     if rate is None:
         return {}
-    new = rate * factor
-    if _adaptive(config):
-        new = min(new, _LARGEST_ADAPTIVE_RATE if factor > 1 else _SAFE_ADAPTIVE_RATE)
+    new = min(rate * factor, limit)
     if factor > 1 and new <= rate:
         return {}
     return {"optimizer.lr": _round(new)}
 
 
 def _own_rate(
-    finding: Finding, config: Mapping[str, Any], factor: float
+    finding: Finding, config: Mapping[str, Any], factor: float, most: float
 ) -> dict[str, object] | None:
+    """Factors on the rate with another one for the component; None to change the rate of all."""
     rates = _look_up(config, "component_lrs")
+    if rates is None and factor > 1:
+        rates = {}
+    if factor > 1 and not _takes_component_rates(config):
+        return None
     if finding.component is None or not isinstance(rates, Mapping):
         return None
-    old = rates.get(finding.component)
+    old = rates.get(finding.component, 1.0 if factor > 1 else None)
     if isinstance(old, bool) or not isinstance(old, (int, float)) or old < 0:
         return None
     if old == 0:
         # a rate of 0 is how a part is kept still on purpose, too: raised only where asked for
         return {"component_lrs": {**rates, finding.component: 1.0}} if factor > 1 else {}
-    off = old > 1 if factor < 1 else old < 1
-    if not off:
+    if factor < 1 and old <= 1:
         return None
-    new = max(1.0, old * factor) if factor < 1 else min(1.0, old * factor)
+    if factor < 1:
+        new = max(1.0, old * factor)
+    elif old < 1:
+        new = min(1.0, old * factor)
+    else:
+        new = min(old * factor, most)
+    if factor > 1 and new <= old:
+        return {}
     return {"component_lrs": {**rates, finding.component: _round(new)}}
+
+
+def _takes_component_rates(config: Mapping[str, Any]) -> bool:
+    """Whether the rates reach the model; only an own model of somebody may not take them."""
+    model = _look_up(config, "model")
+    return not isinstance(model, Mapping) or "_target_" not in model or "component_lrs" in model
 
 
 def quicken(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
@@ -296,14 +318,21 @@ def fewer_accumulated(finding: Finding, config: Mapping[str, Any]) -> dict[str, 
 def boost_component(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:
     """Three times the learning rate for the component, where the optimizer is plain SGD.
 
-    Adam and its kin divide the size of the gradient out, so there a higher rate answers nothing.
+    A third for one whose gradient is larger than that of the others. Adam and its kin divide the
+    size of the gradient out, so there another rate answers nothing; nor does it for a part that is
+    kept still on purpose, with a rate of 0.
     """
     rates = _look_up(config, "component_lrs")
     if finding.component is None or rates is _MISSING or _optimizer(config) != "sgd":
         return {}
+    if not _takes_component_rates(config):
+        return {}
     given = dict(rates) if isinstance(rates, Mapping) else {}
-    old = given.get(finding.component)
-    return {"component_lrs": {**given, finding.component: _round(3.0 * old) if old else 3.0}}
+    old = given.get(finding.component, 1.0)
+    if isinstance(old, bool) or not isinstance(old, (int, float)) or not old > 0:
+        return {}
+    new = old / _BOOST if "larger" in finding.unit else old * _BOOST
+    return {"component_lrs": {**given, finding.component: _round(new)}}
 
 
 def change_activation(finding: Finding, config: Mapping[str, Any]) -> dict[str, object]:

@@ -59,12 +59,16 @@ def changes(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[Chan
 
 
 def left_out(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[tuple[Finding, str]]:
-    """The findings above ``info`` whose overrides `changes` does not apply, and why not."""
+    """The findings above ``info`` that `changes` does not treat as they ask, and why not."""
     found = list(findings)
     made = {change.path: change for change in changes(found, config)}
     told = []
     for finding in found:
-        if finding.rank == 0 or not finding.overrides:
+        if finding.rank == 0:
+            continue
+        if not finding.overrides:
+            if not _explained(finding, found):
+                told.append((finding, "no key of the configuration treats it"))
             continue
         if _explained(finding, found):
             told.append((finding, f"explained by {finding.caused_by}"))

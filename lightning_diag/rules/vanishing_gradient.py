@@ -44,6 +44,8 @@ class VanishingGradient:
     mean_l2: float = field(default=1e-5, metadata={"unit": "l2 norm"})
     lost_l2: float = field(default=1e-7, metadata={"unit": "l2 norm"})
     others_ratio: float = field(default=1000.0, metadata={"unit": "times smaller"})
+    layer_l2: float = field(default=1e-4, metadata={"unit": "l2 norm of one weight matrix"})
+    layer_ratio: float = field(default=3000.0, metadata={"unit": "times smaller"})
     sigmas: float = field(default=6.0, metadata={"unit": "robust standard deviations"})
     history_rows: float = field(default=10, metadata={"unit": "rows"})
     min_tensor_l2: float = field(default=1e-7, metadata={"unit": "l2 norm of one tensor"})
@@ -216,7 +218,7 @@ def _between_layers(trace: Trace, t: VanishingGradient) -> Finding | None:
         if low > 0 and high > 0
     ]
     rows = rows[after_warmup(len(rows), t.warmup_rows, t.warmup_share) :]
-    tiny = [low < t.mean_l2 and times > t.others_ratio for _, low, times, _ in rows]
+    tiny = [low < t.layer_l2 and times > t.layer_ratio for _, low, times, _ in rows]
     onset = _onset(tiny, t)
     if onset is None:
         return None
@@ -231,7 +233,7 @@ def _between_layers(trace: Trace, t: VanishingGradient) -> Finding | None:
         first_step=rows[0][0] if onset else trace.steps[0],
         last_step=rows[-1][0],
         observed=typical,
-        threshold=t.mean_l2,
+        threshold=t.layer_l2,
         unit="median l2 norm of the smallest weight matrix",
         evidence=Evidence(GRAD_FILE, evidence_steps(step for step, *_ in rows)),
         message=(

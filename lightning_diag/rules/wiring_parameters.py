@@ -222,7 +222,7 @@ def _unused(fault: Fault, steps: float, enough: bool, t: UnusedParameter) -> Fin
         _SUGGESTIONS.get(fault.kind, _SUGGESTIONS["ran"]),
         observed=fault.share,
         threshold=t.noted_share,
-        unit=_SHARE,
+        unit=f"{_SHARE}, with a gradient of zeros" if zero else _SHARE,
         confidence=0.95 if enough else 0.5,
     )
 

@@ -80,6 +80,9 @@ def test_usage(quiet, tmp_path):
     named = call(quiet, quiet, "--threshold", "dead_componen.min_rows=2")
     assert named.exit_code == 2
     assert "did you mean `dead_component`?" in named.stderr
+    page = call(quiet, quiet, "--html", "-")
+    assert page.exit_code == 2
+    assert "`--html` must name a file" in page.stderr
     (tmp_path / "nothing").mkdir()
     assert "holds neither" in call(quiet, tmp_path / "nothing").stderr
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import lightning_diag.rules  # noqa: F401 - enters the rules into the registry
 from lightning_diag import read_run
 from lightning_diag.cli import app
+from lightning_diag.commands.overrides import experiment_files
 from lightning_diag.rules import RULES
 from lightning_diag.rules.remedies import calm_steps
 
@@ -84,9 +85,10 @@ def call(monkeypatch):
     return call
 
 
-def recomposed(file):
+def recomposed(file, conf=None):
     """What Hydra makes of a written experiment that lies in a folder named `experiment`."""
-    path = f"hydra.searchpath=['file://{file.parent.parent}']"
+    folders = [f"file://{folder}" for folder in (file.parent.parent, conf) if folder]
+    path = f"hydra.searchpath={folders}"
     with initialize_config_module("lightning_diag.conf", version_base="1.3"):
         config = compose("train", [f"experiment={file.stem}", path])
     return OmegaConf.to_container(config)
@@ -135,6 +137,84 @@ def test_a_users_own_folder_of_configuration(tmp_path, call):
     again = call(run, "--apply", file, "--force")
     assert again.exit_code == 2
     assert f"composed with `--config-dir {conf}`, which is not there." in again.stderr
+
+
+def own_groups(conf):
+    """Somebody's configuration with a group in a group, and groups that the package has not."""
+    head = "# @package _global_\ndefaults:\n"
+    body = "  - override /data: tiny\n  - override /model: {model}\n  - override /optimizer: tiny\n"
+    for name, text in {
+        "model/encoder/small": "depth: 1\n",
+        "model/encoder/big": "depth: 9\n",
+        "model/nested": "defaults:\n  - tiny\n  - encoder: small\n  - _self_\n",
+        "extra/a": "x: 1\n",
+        "extra/b": "y: 1\n",
+        "experiment/nested": head + body.format(model="nested") + "name: n\n",
+        "experiment/big": head + body.format(model="nested") + "  - override /model/encoder: big\n",
+        "experiment/none": head
+        + body.format(model="nested")
+        + "  - override /model/encoder: null\n",
+        "experiment/two": head + "  - /optimizer@critic: adamw\n" + body.format(model="tiny"),
+        "experiment/listed": head + "  - /extra: [a, b]\n" + body.format(model="tiny"),
+    }.items():
+        file = conf / f"{name}.yaml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    return conf
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["experiment=nested"],
+        ["experiment=big"],
+        ["experiment=none"],
+        ["experiment=nested", "~model/encoder"],
+        ["experiment=two", "critic.lr=0.5"],
+        ["experiment=listed"],
+        ["experiment=tiny", "+extra=a", "extra.x=2"],
+        ["experiment=tiny", "callbacks=[]", "logger=[run,csv]"],
+        ["experiment=tiny", "~logger", "++trainer.mine='1e-3'", "+model.note='on'"],
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_groups_of_somebodys_own_come_back(tmp_path, call, overrides):
+    conf = own_groups(Path(shutil.copytree(APP / "conf", tmp_path / "conf")))
+    run = composed(tmp_path / "a run", *overrides, conf=conf)
+    file = tmp_path / "experiment" / "fixed.yaml"
+    done = call(run, "--apply", file, *NAMED)
+    assert done.exit_code in (3, 4), done.output
+    was = yaml.safe_load((run / ".hydra" / "config.yaml").read_text())
+    now = recomposed(file, conf)
+    for one in (was, now):
+        assert one["optimizer"].pop("lr") > 0
+        one["trainer"].pop("gradient_clip_val")
+        one.pop("run_dir")
+        one["logger"] = one.get("logger") or {}
+    assert now == was
+
+
+def test_a_folder_that_a_search_path_named(tmp_path, call):
+    conf = Path(shutil.copytree(APP / "conf", tmp_path / "conf"))
+    run = composed(tmp_path / "run", "experiment=tiny", conf=conf)
+    kept = yaml.safe_load((run / ".hydra" / "hydra.yaml").read_text())
+    sources = kept["hydra"]["runtime"]["config_sources"]
+    sources[1] |= {"provider": "hydra.searchpath in command-line", "schema": "file"}
+    (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(kept))
+    done = call(run, "--apply", tmp_path / "fixed.yaml", *NAMED)
+    assert f"next: lightning-diag train --config-dir {conf} experiment=" in done.output
+    sources.append({"provider": "command-line", "schema": "file", "path": "elsewhere"})
+    (run / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(kept))
+    refused = call(run, "--apply", tmp_path / "other.yaml", *NAMED)
+    assert refused.exit_code == 2
+    assert f"besides the package's, got {conf}, elsewhere." in refused.stderr
+
+
+def test_what_the_experiment_cannot_take_away_is_said(tmp_path, call):
+    run = composed(tmp_path / "run", "experiment=drivers", "~optimizer.weight_decay")
+    done = call(run, "--apply", tmp_path / "fixed.yaml", *NAMED)
+    said = "optimizer.weight_decay: comes back with its group, the run did not have it"
+    assert said in done.output
 
 
 def test_a_file_is_replaced_only_if_told_so(tmp_path, call):
@@ -236,6 +316,62 @@ def test_an_experiment_file_that_is_not_there(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ["train", "experiment=fixed.yaml"])
     assert done.exit_code == 2
     assert "`experiment` names a file that is not there, got `fixed.yaml`." in done.stderr
+
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """The configuration that `train` composes from experiments in files of these names."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["lightning-diag"])
+
+    def shown(name, text, override=None):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(text)
+        given = ["train", "--cfg", "job", override or f"experiment={name}"]
+        return CliRunner().invoke(app, given)
+
+    return shown
+
+
+FILE = """\
+# @package _global_
+defaults:
+  - override /data: drivers
+  - override /model: drivers
+seed: 77
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["null.yaml", "12.yaml", "1e5.yaml", "v1.2.yaml", "a b.yaml", "é.yaml", "-x.yaml"]
+    + ["drivers.yaml", ".yaml.yaml", "dir (1)/it's.yaml"],
+)
+def test_an_experiment_file_may_have_any_name(shown, name):
+    done = shown(name, FILE)
+    assert done.exit_code == 0, done.stderr
+    assert "\nseed: 77\n" in done.output
+
+
+def test_two_files_of_one_name_are_two_experiments(shown):
+    for folder, seed in (("one", 5), ("two", 6)):
+        done = shown(f"{folder}/fixed.yaml", FILE.replace("77", str(seed)))
+        assert f"\nseed: {seed}\n" in done.output, done.stderr
+    named = experiment_files("experiment=one/fixed.yaml,two/fixed.yaml", {"fixed": ""})
+    assert list(named) == ["fixed_file", "fixed_file_file"]
+    assert [Path(file).parts[-2:] for file in named.values()] == [
+        ("one", "fixed.yaml"),
+        ("two", "fixed.yaml"),
+    ]
+
+
+def test_an_experiment_file_that_is_no_yaml(shown):
+    done = shown("torn.yaml", "a: [1")
+    assert done.exit_code == 2
+    assert "torn.yaml` must be YAML, got " in done.stderr
+    quoted = shown("a b.yaml", FILE, "experiment='a b.yaml'")
+    assert quoted.exit_code == 0, quoted.stderr
 
 
 @pytest.mark.slow

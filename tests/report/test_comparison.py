@@ -22,7 +22,10 @@ TOP = (
     "schema before after fail_on exit_code headline findings metrics machine configuration "
     "environment watching"
 )
-FINDING = "rule component severity_before severity_after change caused_by known_cause before after"
+FINDING = (
+    "rule component severity_before severity_after change caused_by known_cause reached "
+    "before after"
+)
 METRIC = (
     "name unit goal before after best_before best_after step at_step_before at_step_after better"
 )
@@ -122,6 +125,30 @@ def test_a_new_symptom_of_an_old_cause_is_no_alarm():
     assert (new.alarm, effect.alarm, effect.known_cause) == (1, 2, False)
 
 
+def test_one_that_moved_says_from_where():
+    old, new = made("dead_relu", component="a"), made("dead_relu", component="b")
+    assert [one.moved for one in compared_findings([old], [new])] == ["a"]
+    assert [one.moved for one in compared_findings([made("dead_relu")], [new])] == [""]
+    assert [one.moved for one in compared_findings([old], [old])] == [None]
+    assert [one.moved for one in compared_findings([old], [])] == [None]
+
+
+def test_gone_is_no_comfort_where_the_run_has_not_come_so_far(tmp_path):
+    spike = made("loss_spike", first_step=40)
+    told = {step: compared_findings([spike], [], step)[0].reached for step in (-1, 39, 40, 99)}
+    assert told == {-1: False, 39: False, 40: True, 99: True}
+    assert compared_findings([made("loss_spike")], [], 3)[0].reached
+    a = write(tmp_path / "a", grad=norms([0.1] * 40 + [500.0] * 20))
+    b = write(tmp_path / "b", grad=norms([0.1] * 20))
+    found = compare(a, b)
+    (gone,) = (one for one in found.of("gone") if one.finding.rule == "exploding_gradient")
+    assert not gone.reached
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_comparison(found, console)
+    assert "(B has not come to step 40, where it began in A)" in console.export_text()
+    assert "B has not come to that step" in comparison_page(found, a, b)
+
+
 def test_neither_before_nor_after():
     with pytest.raises(ValueError, match=r"must have a finding before or after, got neither\."):
         _ = FindingChange("new", None, None).finding
@@ -153,6 +180,31 @@ def test_exit_code(tmp_path, before, after, statuses):
     sides = [[made("dead_relu", severity) for severity in one] for one in (before, after)]
     found = comparison(compared_findings(*sides), tmp_path)
     assert tuple(found.exit_code(one) for one in (None, "warning", "critical")) == statuses
+
+
+STOPPED = {"status": "stopped", "stop_reason": {"rule": "collapse", "message": "flat"}}
+
+
+@pytest.mark.parametrize(
+    ("info", "length", "statuses", "said"),
+    [
+        ({"status": "finished"}, 30, (0, 0, 0), ""),
+        ({"status": "running"}, 3, (0, 0, 0), ""),
+        ({"status": "finished"}, 0, (0, 3, 0), "B has measured nothing, so that nothing can be"),
+        ({"status": "failed"}, 30, (0, 4, 4), "B failed, A did not."),
+        ({"status": "failed"}, 0, (0, 4, 4), "B failed, A did not."),
+        (STOPPED, 30, (0, 4, 4), "A diagnostic stopped B, none stopped A."),
+    ],
+)
+def test_a_run_that_cannot_be_judged_passes_no_gate(tmp_path, info, length, statuses, said):
+    well = write(tmp_path / "well", grad=norms([0.1] * 30), info={"status": "finished"})
+    other = write(tmp_path / "other", grad=norms([0.1] * length), info=info)
+    found = compare(well, other)
+    assert tuple(found.exit_code(one) for one in (None, "warning", "critical")) == statuses
+    assert found.setback.startswith(said)
+    assert found.headline.endswith(found.setback)
+    for pair in ((other, other), (other, well)):
+        assert compare(*pair).exit_code("warning") == 0
 
 
 # ---- numbers ----

@@ -4,6 +4,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from lightning_diag.report.experiment import difference, experiment_yaml, not_taken_away
 from lightning_diag.rules import Finding
@@ -86,9 +87,9 @@ def test_text_by_hand():
 # Two lines
 # The run did not have `model.width`, which comes back with its group.
 defaults:
+  - /extra: null
   - override /data: tiny
   - override /callbacks: [a, b]
-  - /extra: null
 
 name: mine
 optimizer:
@@ -109,6 +110,47 @@ def test_the_body_reads_back(body):
     read = yaml.safe_load(text) or {}
     read.pop("defaults")
     assert read == body
+
+
+WORDS = ["1e-3", "1e3", "-2E5", "1_0", ".5", "0x1F", "1:30", "2020-01-01", "on", "~", "a\x1bb"]
+
+
+@pytest.mark.parametrize("word", [*WORDS, "32-true", "v1.2.3", "a,b]", "{a: b}", "- a", "é"])
+def test_a_word_is_a_word_to_hydra_too(word):
+    """Which reads more words as numbers than PyYAML does."""
+    text = experiment_yaml({}, [], {"key": word, "many": [word]}, [], title="t")
+    read = OmegaConf.create(text)
+    assert (read["key"], read["many"]) == (word, [word])
+
+
+@pytest.mark.parametrize("number", [1e-3, 1e-5, -2e5, 3, 1e300, 0.1])
+def test_a_number_is_a_number_to_hydra_too(number):
+    read = OmegaConf.create(experiment_yaml({}, [], {"key": number}, [], title="t"))
+    assert read["key"] == number
+    assert type(read["key"]) is type(number)
+
+
+HOSTILE = "a\x1b[31m\x00\n- evil: 1\u2028#'\"${oc.env:HOME}<b>"
+
+
+def test_hostile_names_stay_names():
+    made = [change(("component_lrs", HOSTILE), HOSTILE, 2.0, component=HOSTILE)]
+    groups = {"data": HOSTILE, f"x@{HOSTILE}": "a"}
+    kept = [f"model.{HOSTILE}"]
+    text = experiment_yaml(groups, [f"x@{HOSTILE}"], {}, made, title=HOSTILE, kept=kept)
+    assert yaml.safe_load(text) == {
+        "defaults": [{f"/x@{HOSTILE}": "a"}, {"override /data": HOSTILE}],
+        "component_lrs": {HOSTILE: 2.0},
+    }
+
+
+def test_a_change_inside_of_what_an_interpolation_stands_for_keeps_the_rest():
+    body = {"mine": {"a": 1.0, "b": 2.0}, "component_lrs": "${mine}"}
+    made = [change(("component_lrs", "a"), 1.0, 0.5)]
+    config = {"mine": body["mine"], "component_lrs": {"a": 1.0, "b": 2.0}}
+    read = yaml.safe_load(experiment_yaml({}, [], body, made, title="t", config=config))
+    assert read["component_lrs"] == {"a": 0.5, "b": 2.0}
+    assert read["mine"] == config["component_lrs"] == {"a": 1.0, "b": 2.0}
 
 
 @pytest.mark.parametrize("value", ["a: b\n# c", "'", '"', "null", "3", "${a.b}", "é\u2028"])

@@ -166,6 +166,40 @@ def test_a_component_with_a_rate_that_is_off_is_brought_back_alone():
 
 
 @pytest.mark.parametrize(
+    ("settings_", "old", "observed", "new"),
+    [
+        ({**SGD, "lr": 0.01}, None, 3e-4, {"head": 10.0}),
+        ({**SGD, "lr": 0.01}, {"body": 2.0}, 1e-9, {"body": 2.0, "head": 1000.0}),
+        ({**SGD, "lr": 0.01}, {"head": 2.0}, 3e-4, {"head": 20.0}),
+        ({**ADAM, "lr": 1e-3}, None, 1e-9, {"head": 10.0}),
+    ],
+)
+def test_one_part_that_is_too_slow_does_not_drive_the_others(settings_, old, observed, new):
+    config = {"optimizer": settings_, "component_lrs": old}
+    slow = finding(observed, component="head")
+    assert remedies.raise_rate(slow, config) == {"component_lrs": new}
+    # Adam's rate is at its limit, and a model that takes no such rates
+    top = {"optimizer": {**ADAM, "lr": 0.01}, "component_lrs": old}
+    assert set(remedies.raise_rate(slow, top)) <= ({"component_lrs"} if old else set())
+    other = {**config, "model": {"_target_": "mine.Model"}}
+    assert set(remedies.raise_rate(slow, other)) == {"optimizer.lr"}
+    takes = {**config, "model": {"_target_": "mine.Model", "component_lrs": None}}
+    assert remedies.raise_rate(slow, takes) == {"component_lrs": new}
+
+
+def test_the_part_with_the_larger_gradient_is_slowed_down():
+    config = {"optimizer": SGD, "component_lrs": {"head": 1.5, "still": 0.0}}
+    for side, new in (("smaller", 4.5), ("larger", 0.5)):
+        unit = f"times {side} than the typical component, by norm and by rms"
+        found = remedies.boost_component(finding(1e3, unit, component="head"), config)
+        assert found == {"component_lrs": {"head": new, "still": 0.0}}
+        # kept still on purpose
+        assert remedies.boost_component(finding(1e3, unit, component="still"), config) == {}
+    own = {**config, "model": {"_target_": "mine.Model"}}
+    assert remedies.boost_component(finding(component="head"), own) == {}
+
+
+@pytest.mark.parametrize(
     ("share", "new"), [(0, 0.1), (0.05, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, None), (1.0, None)]
 )
 def test_warmup_gets_longer_up_to_three_tenths(share, new):

@@ -58,6 +58,14 @@ def test_rates_of_components_are_merged_entry_by_entry():
     assert CONFIG["component_lrs"] == {"head": 8.0, "net.body": 1.0}
 
 
+def test_what_no_key_treats_is_said():
+    cause = finding("detached_graph", {}, component="head")
+    symptom = finding("vanishing_gradient", {}, caused_by="detached_graph")
+    note = finding("loss_spike", {}, severity="info")
+    expected = [(cause, "no key of the configuration treats it")]
+    assert left_out([cause, symptom, note], CONFIG) == expected
+
+
 def test_a_mapping_takes_the_place_of_null():
     config = {"component_lrs": None}
     made = changes([finding("vanishing_gradient", {"component_lrs": {"a": 3.0}})], config)

@@ -2,8 +2,12 @@
   "use strict";
   const get = (id) => document.getElementById(id);
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
-  const views = new Map();
-  const shown = new Map();
+  const views = new Map(); // of Vega, by the id of the figure
+  const shown = new Map(); // what each figure shows: version, run, ground and width
+  const near = new Set(); // figures in view, or nearly so
+  const rows = []; // of the table of runs
+  const beside = new Set(); // runs to compare with the chosen one
+  const MOST = 4; // runs side by side
   let theme = null;
   let state = null;
   let chosen = 0;
@@ -19,6 +23,8 @@
     killed: ["Killed", "The process that trained is gone, and left no word."],
     gone: ["Gone", "The folder of the run was deleted; what was read of it is lost."],
   };
+
+  const OVER = ["ended", "failed", "interrupted", "killed"];
 
   function element(name, options, ...children) {
     const made = document.createElement(name);
@@ -53,6 +59,23 @@
     return name.length > 120 ? name.slice(0, 119) + "…" : name;
   }
 
+  // what did not change is left alone: it may be selected, or being read aloud
+  function write(place, text) {
+    if (place.textContent !== text) place.textContent = text;
+  }
+
+  // children by key: those that stay are not touched
+  function arrange(home, wanted) {
+    const had = new Map([...home.children].map((child) => [child.dataset.key, child]));
+    wanted.forEach(([key, make], place) => {
+      let child = had.get(key);
+      if (!child) { child = make(); child.dataset.key = key; }
+      had.delete(key);
+      if (home.children[place] !== child) home.insertBefore(child, home.children[place] || null);
+    });
+    for (const child of had.values()) child.remove();
+  }
+
   async function ask(path) {
     const answer = await fetch(path);
     if (!answer.ok) throw new Error(`${path}: ${answer.status}`);
@@ -64,12 +87,14 @@
     const { critical, warning } = run.summary.counts;
     const found = critical
       ? `${critical} critical finding${critical > 1 ? "s" : ""}`
-      : warning ? `${warning} warning${warning > 1 ? "s" : ""}` : "nothing wrong so far";
+      : warning ? `${warning} warning${warning > 1 ? "s" : ""}`
+        : OVER.includes(run.summary.state) ? "nothing wrong found" : "nothing wrong so far";
     const known = run.summary.step !== null;
-    get("headline").textContent = known ? `${word}: ${found}` : word;
+    write(get("headline"), known ? `${word}: ${found}` : word);
     const lines = [run.summary.reason, reason].filter(Boolean);
     if (run.summary.behind) lines.push("Older rows are still being read.");
-    get("lead").textContent = clipped(lines.join(" "));
+    if (run.summary.torn) lines.push(`Lines that could not be read: ${short(run.summary.torn)}.`);
+    write(get("lead"), clipped(lines.join(" ")));
     const grave = critical ? "critical" : warning ? "warning" : known ? "healthy" : "waiting";
     get("head").className = run.summary.state === "gone" ? "gone" : grave;
     document.title = `${word}: ${clipped(run.summary.name)}`;
@@ -85,14 +110,15 @@
   function numbers(run) {
     const one = run.summary;
     const step = one.planned_steps ? `${short(one.step)} of ${short(one.planned_steps)}` : short(one.step);
-    const rows = [
+    const pairs = [
       ["step", step], ["training loss", short(one.loss)],
       ["best validation loss", short(one.best_val_loss)], ["learning rate", short(one.learning_rate)],
       ["samples per second", short(one.samples_per_second)], ["time so far", duration(one.elapsed_seconds)],
       ["time left", duration(one.remaining_seconds)],
     ];
-    get("numbers").replaceChildren(...rows.map(([name, value]) =>
-      element("div", {}, element("dt", { text: name }), element("dd", { text: value }))));
+    arrange(get("numbers"), pairs.map(([name]) =>
+      [name, () => element("div", {}, element("dt", { text: name }), element("dd"))]));
+    pairs.forEach(([, value], place) => write(get("numbers").children[place].lastElementChild, value));
   }
 
   function card(one) {
@@ -107,51 +133,78 @@
   }
 
   function findings(run) {
-    const text = JSON.stringify(run.findings);
-    if (shown.get("findings") === text) return;
-    shown.set("findings", text);
     const grave = run.findings.filter((one) => one.severity !== "info");
     const noted = run.findings.filter((one) => one.severity === "info");
-    const cards = grave.map(card);
-    if (!grave.length) cards.push(element("p", { class: "quiet", text: "None above a note." }));
+    const wanted = grave.map((one) => [JSON.stringify(one), () => card(one)]);
+    if (!grave.length) wanted.push(["none", () => element("p", { class: "quiet", text: "None above a note." })]);
     if (noted.length) {
-      const list = element("ul", {}, ...noted.map((one) => element("li", {}, ...prose(one.message))));
+      const before = get("findings").querySelector("details");
+      const open = before && before.open ? { open: "" } : {};
+      const list = () => element("ul", {}, ...noted.map((one) => element("li", {}, ...prose(one.message))));
       const count = `${noted.length} noted, no alarm`;
-      cards.push(element("details", {}, element("summary", { text: count }), list));
+      wanted.push([JSON.stringify(noted),
+        () => element("details", open, element("summary", { text: count }), list())]);
     }
-    get("findings").replaceChildren(...cards);
+    arrange(get("findings"), wanted);
+  }
+
+  function tableRow(number) {
+    const button = element("button", { class: "run", type: "button" });
+    button.addEventListener("click", () => { chosen = number; again(); });
+    const box = element("input", { type: "checkbox" });
+    box.addEventListener("change", () => {
+      if (box.checked) beside.add(number); else beside.delete(number);
+      again();
+    });
+    const cells = ["name", "", "", "", "", ""].map((kind) => element("td", kind ? { class: kind } : {}));
+    return element("tr", {}, element("th", { scope: "row" }, button),
+      element("td", { class: "name" }, box), ...cells);
   }
 
   function sweep() {
     get("sweep").hidden = state.runs.length < 2;
     if (state.runs.length < 2) return;
-    const rows = state.runs.map((run, number) => {
-      const one = run.summary;
+    while (rows.length < state.runs.length) {
+      rows.push(tableRow(rows.length));
+      get("runs").append(rows[rows.length - 1]);
+    }
+    const full = columns().length >= MOST;
+    state.runs.forEach(({ summary: one }, number) => {
+      const [head, box, ...cells] = rows[number].children;
       const name = clipped(one.name);
-      const button = element("button", { class: "run", type: "button", text: name,
-        "aria-pressed": String(number === chosen) });
-      button.addEventListener("click", () => { chosen = number; shown.clear(); show(); });
-      const progress = one.progress === null ? "–" : `${Math.round(100 * one.progress)} %`;
-      const row = element("tr", {}, element("th", { scope: "row" }, button),
-        element("td", { class: "name", text: STATES[one.state][0] }), element("td", { text: progress }),
-        element("td", { text: short(one.loss) }), element("td", { text: short(one.best_val_loss) }),
-        element("td", { text: short(one.counts.critical) }), element("td", { text: short(one.counts.warning) }));
-      if (number === chosen) row.className = "chosen";
-      return row;
+      const button = head.firstElementChild;
+      write(button, name);
+      button.setAttribute("aria-pressed", String(number === chosen));
+      const tick = box.firstElementChild;
+      tick.setAttribute("aria-label", `compare ${name}`);
+      tick.checked = number === chosen || beside.has(number);
+      tick.disabled = number === chosen || (full && !beside.has(number));
+      rows[number].className = number === chosen ? "chosen" : "";
+      const unread = one.behind && one.step === null;
+      const told = [unread ? "Reading" : STATES[one.state][0],
+        one.progress === null ? "–" : `${Math.round(100 * one.progress)} %`, short(one.loss),
+        short(one.best_val_loss), short(one.counts.critical), short(one.counts.warning)];
+      told.forEach((text, place) => write(cells[place], text));
+      cells[4].className = one.counts.critical ? "odd" : "";
     });
-    const focused = document.activeElement && document.activeElement.closest("#runs tr");
-    const place = focused ? [...get("runs").children].indexOf(focused) : -1;
-    get("runs").replaceChildren(...rows);
-    if (place >= 0 && rows[place]) rows[place].querySelector("button").focus();
   }
 
-  function figure(id, home) {
-    let made = get(id);
-    if (!made) {
-      made = element("figure", { id }, element("figcaption", {}, element("strong"), element("span")),
-        element("div", { class: "chart", role: "img" }));
-      home.append(made);
+  // the chosen run, and those to compare it with
+  function columns() {
+    return [chosen, ...[...beside].filter((n) => n !== chosen).sort((a, b) => a - b)].slice(0, MOST);
+  }
+
+  const observer = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting) near.add(entry.target.id); else near.delete(entry.target.id);
     }
+    if (state) charts();
+  }, { rootMargin: "300px" });
+
+  function figure(id, key) {
+    const made = element("figure", { id }, element("figcaption", {}, element("strong"), element("span")),
+      element("div", { class: "chart", role: "img", "aria-label": `${key}, not drawn yet` }));
+    observer.observe(made);
     return made;
   }
 
@@ -164,7 +217,7 @@
     place.setAttribute("aria-label", spec.description || said.text);
     const config = structuredClone(theme[dark.matches ? "dark" : "light"]);
     const wide = Math.max(180, place.clientWidth - 96);
-    for (const panel of drawn.vconcat || [drawn]) panel.width = wide;
+    size(drawn, wide);
     config.legend.columns = Math.max(1, Math.floor(wide / 200));
     if (wide < 460) config.legend.layout = { bottom: { direction: "vertical" } };
     const frame = element("div");
@@ -175,70 +228,129 @@
     place.replaceChildren(frame);
   }
 
+  // charts are drawn for the report: here they are as wide as there is room
+  function size(drawn, wide) {
+    if (!drawn.concat) {
+      for (const panel of drawn.vconcat || [drawn]) panel.width = wide;
+      return;
+    }
+    drawn.columns = wide < 520 ? 1 : Math.min(drawn.columns || 1, drawn.concat.length);
+    const each = (wide - 90 * (drawn.columns - 1)) / drawn.columns;
+    for (const panel of drawn.concat) {
+      panel.width = each;
+      if (panel.title && panel.title.limit) panel.title.limit = each;
+    }
+  }
+
   function drop(made) {
     if (views.has(made.id)) views.get(made.id).finalize();
     views.delete(made.id);
     shown.delete(made.id);
+    near.delete(made.id);
+    observer.unobserve(made);
     made.remove();
   }
 
-  async function one(id, home, path, version) {
-    const key = `${version} ${dark.matches} ${window.innerWidth}`;
-    if (shown.get(id) === key) return;
+  async function one(id, path, version) {
+    const key = `${path} ${version} ${dark.matches} ${window.innerWidth}`;
+    if (!near.has(id) || shown.get(id) === key) return;
     const spec = await ask(path);
-    if (spec === null) return;
+    const made = get(id);
+    if (spec === null || !made) return;
     shown.set(id, key);
-    await draw(figure(id, home), spec);
+    await draw(made, spec);
   }
 
-  async function charts(run) {
-    const home = get("charts");
-    const names = Object.keys(run.charts);
-    for (const made of [...home.children]) {
-      if (!names.includes(made.id.slice("chart-".length))) drop(made);
+  // a row of figures for each chart, a column for each run
+  function plan() {
+    const shownRuns = columns().filter((number) => state.runs[number] && state.runs[number].charts);
+    const known = new Map();
+    for (const number of shownRuns) {
+      for (const name of Object.keys(state.runs[number].charts)) known.set(name, true);
     }
-    for (const name of names) {
-      const version = `${chosen} ${run.charts[name]}`;
-      await one(`chart-${name}`, home, `/api/chart/${chosen}/${name}`, version);
-    }
-    get("no-charts").hidden = home.children.length > 0;
-    if (state.runs.length > 1) await one("chart-of-all", get("together"), "/api/together", state.version);
+    const order = state.order.filter((name) => known.has(name));
+    const all = state.runs.length > 1 && state.version > state.runs.length
+      ? [{ id: "chart-of-all", key: "losses of all runs", home: "together", version: state.version,
+        path: `/api/together${beside.size ? `?runs=${columns()}` : ""}` }] : [];
+    return [...all, ...order.flatMap((name) => shownRuns.map((number, place) => ({
+      id: place ? `chart-${name}-${place}` : `chart-${name}`, key: name.replaceAll("_", " "),
+      home: "charts", path: `/api/chart/${number}/${name}`, version: state.runs[number].charts[name] || 0,
+      of: shownRuns.length > 1 ? state.runs[number].summary.name : "",
+    })))];
   }
 
-  let busy = null;
+  function place(planned) {
+    for (const home of ["together", "charts"]) {
+      const own = planned.filter((one) => one.home === home);
+      const wanted = new Set(own.map((one) => one.id));
+      for (const made of [...get(home).children]) if (!wanted.has(made.id)) drop(made);
+      arrange(get(home), own.map((one) => [one.id, () => figure(one.id, one.key)]));
+      for (const one of own) get(one.id).dataset.of = clipped(one.of || "");
+    }
+    get("charts").className = columns().length > 1 ? "beside" : "";
+    get("charts").style.setProperty("--beside", columns().length);
+    get("no-charts").hidden = get("charts").children.length > 0;
+  }
+
+  let busy = Promise.resolve();
+  let waiting = false;
+  function charts() {
+    // drawn one after another, and from what is known when their turn comes
+    if (waiting) return busy;
+    waiting = true;
+    busy = busy.then(async () => {
+      waiting = false;
+      const planned = plan();
+      place(planned);
+      for (const { id, path, version } of planned) await one(id, path, version);
+    }).catch((error) => console.error(error));
+    return busy;
+  }
+
   function show() {
     const run = state.runs[chosen];
-    if (!run) return Promise.resolve();
+    if (!run || !run.charts) return;
     headline(run);
     numbers(run);
     sweep();
     findings(run);
-    busy = (busy || Promise.resolve()).then(() => charts(run)).catch((error) => console.error(error));
-    return busy;
+    charts();
   }
 
+  let clock = 0;
+  let asked = 0;
   async function look() {
+    const number = ++asked;
     let wait = 2000;
     try {
       theme = theme || await ask("/api/theme");
-      state = await ask("/api/state");
-      wait = 1000 * state.interval;
-      await show();
+      const found = await ask(`/api/state?runs=${columns()}`);
+      if (number !== asked) return;
+      state = found;
+      wait = state.behind ? 100 : 1000 * state.interval;
+      show();
       const now = new Date().toLocaleTimeString("en", { hour12: false });
-      get("foot").textContent = `Last look at ${now}, every ${short(state.interval)} s.`;
+      write(get("foot"), `Last look at ${now}, every ${short(state.interval)} s.`);
     } catch (error) {
-      get("foot").textContent = "The monitor does not answer; was it closed? Trying again.";
+      if (number !== asked) return;
+      write(get("foot"), "The monitor does not answer; was it closed? Trying again.");
     }
-    setTimeout(look, wait);
+    clock = setTimeout(look, wait);
+  }
+
+  function again() {
+    clearTimeout(clock);
+    if (state) sweep();
+    look();
   }
 
   let timer = 0;
   window.addEventListener("resize", () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
-      if (state && window.innerWidth !== width) { width = window.innerWidth; show(); }
+      if (state && window.innerWidth !== width) { width = window.innerWidth; charts(); }
     }, 150);
   });
-  dark.addEventListener("change", () => { if (state) show(); });
+  dark.addEventListener("change", () => { if (state) charts(); });
   look();
 })();

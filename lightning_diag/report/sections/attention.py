@@ -78,7 +78,8 @@ def head_entropy(frame: "pl.DataFrame") -> Chart | None:
     Returns:
         None where there is no entropy of heads.
     """
-    value, label, domain = "entropy_normalized", "share of the largest entropy", (0.0, 1.0)
+    domain: tuple[float, float] | None = (0.0, 1.0)
+    value, label = "entropy_normalized", "share of the largest entropy"
     if value not in frame.columns or frame[value].null_count() == len(frame):
         value, label, domain = "entropy", "entropy (nats)", None
     if not {"step", "component", "head", value} <= set(frame.columns):

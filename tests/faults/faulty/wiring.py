@@ -453,8 +453,8 @@ def _leave_out(module: Learner) -> None:
 @fault(
     "cnn_branch_left_out_from_100",
     "cnn",
-    cause="unused_parameter",
-    found=("dead_component", "frozen_weights", "loss_spike"),
+    cause=("unused_parameter", "dead_component"),
+    found=("frozen_weights", "loss_spike"),
     onset=100,
     config={"trainer": {"max_steps": 220}},
     verify=_no_gradient("net.spare", 100),
