@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -271,7 +272,7 @@ def _train(plain: Mapping[str, Any], job: tuple[int, Sequence[str]] | None) -> f
     with own_process_group(trainer):
         trainer.fit(model, datamodule=data, ckpt_path=plain["ckpt_path"])
     if trainer.is_global_zero:
-        typer.echo(f"trained; next: lightning-diag report {plain['run_dir']}")
+        typer.echo(f"trained; next: {shlex.join(['lightning-diag', 'report', plain['run_dir']])}")
     return best_metric(trainer, plain["monitor"])
 
 

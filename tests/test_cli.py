@@ -245,7 +245,7 @@ def test_help_teaches():
     _, _, taught = shown.output.partition("Examples:\n")
     examples = re.findall(r"^    lightning-diag (\S+)", taught, re.MULTILINE)
     assert examples == ["train", "report", "train"]
-    assert [word for word in re.findall(r"\b([0-4]) [a-z]", taught)] == list("01234")
+    assert re.findall(r"\b([0-4]) [a-z]", taught) == ["0", "1", "2", "3", "4"]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_diag.monitor.kept_steps import LightRun
 from lightning_diag.monitor.live_charts import CHARTS, chart_spec
-from lightning_diag.records.followed_run import FollowedRun
 from lightning_diag.rules import SEVERITIES, Finding, diagnose
 from lightning_diag.rules.loss_series import Losses, training_losses, validation_losses
 
@@ -33,6 +33,8 @@ ENDED: frozenset[RunState] = frozenset({"ended", "failed", "interrupted", "kille
 
 _ENDINGS: Mapping[str, RunState] = {"failed": "failed", "interrupted": "interrupted"}
 _SILENT_AFTER = 120.0
+_SHARE = 10.0  # the rules rest for so many times what they took
+_AT_ONCE = 0.1  # seconds that are not worth a rest
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class WatchedRun:
         self.versions: dict[str, int] = {}
         self.looked = False
         self._clock = clock
-        self._run = FollowedRun(self.path, most_rows)
+        self._run = LightRun(self.path, most_rows)
         self._specs: dict[str, tuple[int, dict[str, Any] | None]] = {}
         self._summary: Summary | None = None
         self._losses: _Losses | None = None
@@ -111,16 +113,19 @@ class WatchedRun:
         self._last_written: float | None = None
         self._seen: object = None
         self._looks = 0
+        self._unjudged = False
+        self._judge_after = float("-inf")
         self._was_there = False
 
     def look(self) -> bool:
         """Read what is new; whether anything was.
 
-        Files that are as they were are not opened, so that a run that ended costs nothing.
+        Files that are as they were are not opened, so that a run that ended costs nothing. Where
+        the rules take long, they are run the more seldom: for a tenth of the time at most.
         """
         seen = self._files()
         if self.looked and seen == self._seen and not self._run.behind:
-            return False
+            return self._judge()
         # seen before it is read: what is written meanwhile is found by the next look
         self.looked, self._seen = True, seen
         self._summary = self._losses = None
@@ -132,7 +137,19 @@ class WatchedRun:
             for name, chart in CHARTS.items():
                 if there & set(chart.files) and changed & {*chart.files, *chart.also}:
                     self.versions[name] = self._looks
-            self.findings = diagnose(self._run) if there else []
+            self._unjudged = True
+        self._judge()
+        return True
+
+    def _judge(self) -> bool:
+        """Run the rules on what came since they were run; whether they were."""
+        now = time.monotonic()
+        if not self._unjudged or self._run.behind or now < self._judge_after:
+            return False
+        self.findings = diagnose(self._run) if self._run.prefixes else []
+        self._unjudged, self._summary = False, None
+        took = time.monotonic() - now
+        self._judge_after = now + _SHARE * took if took > _AT_ONCE else now
         return True
 
     @property

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_diag.report.comparison import Comparison
 from lightning_diag.report.comparison_metrics import metric_points
-from lightning_diag.report.comparison_text import number_words, setting_words
+from lightning_diag.report.comparison_text import number_words, one_line, setting_words
 from lightning_diag.report.norms import WHOLE
 from lightning_diag.report.page_parts import drawn, figure, page_template, themes, vega_bundle
 from lightning_diag.report.page_template import SCRIPT, STYLE
@@ -63,13 +63,18 @@ def _losses(comparison: Comparison, before: "Run", after: "Run") -> Any:  # noqa
             letter: one[name] for letter, one in zip("AB", points, strict=True) if name in one
         }
         finite = {letter: [y for _, y in line if y == y] for letter, line in series.items()}
-        lost += [f"{name} of {letter} was never finite." for letter in series if not finite[letter]]
+        lost += [
+            f"{one_line(name)} of {letter} was never finite."
+            for letter in series
+            if not finite[letter]
+        ]
         series = {letter: line for letter, line in series.items() if finite[letter]}
         values = [value for line in finite.values() for value in line]
         wide = bool(values) and min(values) > 0 and max(values) > 100 * min(values)
-        label = f"{name}, log scale" if wide else name
+        # Vega makes an expression of it, which ends with the line
+        label = f"{one_line(name)}, log scale" if wide else one_line(name)
         panels.append(Panel(label, series, log=wide))
-    said = [f"A: {comparison.before.name}. B: {comparison.after.name}.", *lost]
+    said = [f"A: {one_line(comparison.before.name)}. B: {one_line(comparison.after.name)}.", *lost]
     if len(both or names) > _LOSSES:
         said.append(f"The first {_LOSSES} of {len(both or names)} losses are drawn.")
     return line_chart("Losses of both runs", panels, said=said)

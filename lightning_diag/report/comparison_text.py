@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-__all__ = ["number_words", "print_comparison", "setting_words"]
+__all__ = ["number_words", "one_line", "print_comparison", "setting_words"]
 
 _COLOURS = {"critical": "bold red", "warning": "bold yellow", "info": "cyan"}
 _STYLES = {"new": "bold red", "still": "bold yellow", "gone": "bold green"}
@@ -72,6 +72,16 @@ def number_words(value: float | None, unit: str = "") -> str:
     return f"{value:.2%}" if unit.startswith("share") else short(value)
 
 
+def one_line(text: str) -> str:
+    r"""What came out of a run without what moves a cursor or begins another line.
+
+    Example:
+        >>> one_line("a\n b\x1b[31m")
+        'a b?[31m'
+    """
+    return "".join(one if one.isprintable() else "?" for one in " ".join(text.split()))
+
+
 def setting_words(value: object) -> str:
     """A value of a configuration in one line, not too long.
 
@@ -81,16 +91,16 @@ def setting_words(value: object) -> str:
     """
     if value is None:
         return "null"
-    text = " ".join(str(value).split())
+    text = one_line(str(value))
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _side(letter: str, side: Side) -> "Text":
     from rich.text import Text
 
-    status = f", {side.status}" if side.status else ""
+    status = f", {one_line(str(side.status))}" if side.status else ""
     steps = "" if side.steps is None else f", step {side.steps}"
-    line = Text(f"{letter} {side.name}", "bold")
+    line = Text(f"{letter} {one_line(side.name)}", "bold")
     return line.append(f"{status}{steps}: {side.verdict.headline}", "not bold")
 
 
@@ -100,18 +110,18 @@ def _finding(one: FindingChange) -> "Text":
     found = one.finding
     line = Text(f"{_WORDS[one.state]:<12}", _STYLES[one.state])
     line.append(f"{found.severity.upper()} ", _COLOURS[found.severity])
-    line.append(f"{found.issue}: {found.component or WHOLE}", "bold")
+    line.append(f"{found.issue}: {one_line(found.component or WHOLE)}", "bold")
     if one.change in ("worse", "milder") and one.before is not None:
         line.append(f" ({one.change}: was {one.before.severity})")
     if found.caused_by:
         known = ", which was there before" if one.known_cause else ""
         line.append(f" (caused by {found.caused_by.replace('_', ' ')}{known})", "dim")
     if one.moved is not None:
-        line.append(f" (was in: {one.moved or WHOLE})")
+        line.append(f" (was in: {one_line(one.moved or WHOLE)})")
     if not one.reached:
         line.append(f" (B has not come to step {found.first_step}, where it began in A)")
     if one.state != "gone":
-        line.append(f"\n            {found.message}")
+        line.append(f"\n            {one_line(found.message)}")
     return line
 
 
@@ -156,7 +166,8 @@ def _cells(texts: Sequence[str], style: str) -> "list[Text]":
 
     # what came out of a run is text, never markup
     return [
-        Text(text, style if number == len(texts) - 1 else "") for number, text in enumerate(texts)
+        Text(one_line(text), style if number == len(texts) - 1 else "")
+        for number, text in enumerate(texts)
     ]
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -10,7 +11,18 @@ from lightning_diag.records.json_safe import json_safe
 from lightning_diag.report.theme import chart_config
 from lightning_diag.report.words import override_words, short, step_words
 
-__all__ = ["drawn", "figure", "page_template", "script_json", "themes", "vega_bundle"]
+__all__ = [
+    "drawn",
+    "figure",
+    "page_template",
+    "script_json",
+    "themes",
+    "vega_bundle",
+    "writable",
+]
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # what XML refuses
 
 
 @cache
@@ -94,13 +106,28 @@ def vega_bundle() -> str:
     return bundle.replace("</script", "<\\/script").replace("<!--", "<\\!--")
 
 
+def writable(value: Any) -> Any:  # noqa: ANN401
+    """A specification without control characters, on which drawing it ends the whole process.
+
+    Args:
+        value: What JSON can hold.
+    """
+    if isinstance(value, str):
+        return value if value.isprintable() else _CONTROL.sub("?", value)
+    if isinstance(value, list):
+        return [writable(one) for one in value]
+    if isinstance(value, dict):
+        return {writable(key): writable(one) for key, one in value.items()}
+    return value
+
+
 def drawn(chart: Any) -> tuple[dict[str, Any], bytes]:  # noqa: ANN401 - Altair's charts
     """The specification of a chart, and its picture as PNG."""
     import altair as alt
     import vl_convert
 
     # validating every point against the schema takes longer than drawing it
-    spec: dict[str, Any] = chart.to_dict(validate=False)
+    spec: dict[str, Any] = writable(chart.to_dict(validate=False))
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
     picture: bytes = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
     return spec, picture

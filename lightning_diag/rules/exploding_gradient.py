@@ -6,6 +6,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_diag.rules.finding import Evidence, Finding, Severity
+from lightning_diag.rules.loss_series import LOSS_FILE
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import calm_start
 from lightning_diag.rules.sizes import sizes
@@ -59,7 +60,7 @@ class _Rise(NamedTuple):
 @rule(
     "exploding_gradient",
     family="gradients",
-    needs="grad",
+    needs=("grad", "loss"),
     thresholds=ExplodingGradient,
     explains=(
         "saturated_activation",
@@ -70,11 +71,14 @@ class _Rise(NamedTuple):
     "bands of the reference systems: 100, and 10 for large.",
     remedy=calm_start,
 )
-def exploding_gradient(grad: "pl.DataFrame", thresholds: ExplodingGradient) -> list[Finding]:
+def exploding_gradient(
+    grad: "pl.DataFrame", loss: "pl.DataFrame", thresholds: ExplodingGradient
+) -> list[Finding]:
     """Norms above `max_l2` that also stand far above the component's own past.
 
     A norm of 1000 that is always 1000 belongs to a loss that is summed rather than averaged: that
-    is worth a note, not an alarm. One or two lone spikes are a note as well.
+    is worth a note, not an alarm. One or two lone spikes are a note as well. Where the rows of
+    gradients are few, the norms that stand beside the loss are taken.
     """
     frame = without_skipped(grad)
     whole = whole_traces(frame)
@@ -87,7 +91,28 @@ def exploding_gradient(grad: "pl.DataFrame", thresholds: ExplodingGradient) -> l
         rise = max(parts, key=lambda one: (one.lasting, one.peak))
         clipped = whole[0] if whole else None
         return [_finding(rise, parts, clipped, thresholds)]
+    windows = _windows(loss)
+    between = _rise(windows, thresholds)
+    if between is not None:
+        clips = any(one.numbers("clip_value")[0] > 0 for one in whole if one.steps)
+        return [_finding(between, parts, windows, thresholds, clips=clips, file=LOSS_FILE)]
     return [one for trace in whole for one in _steadily_large(trace, thresholds)]
+
+
+def _windows(loss: "pl.DataFrame") -> Trace:
+    """The mean norms of ``loss.jsonl``, of the windows in which each step was taken."""
+    import polars as pl
+
+    columns = ("first_step", "gradient_norm", "gradient_nonfinite", "skipped")
+    empty = pl.DataFrame(
+        schema=dict.fromkeys(("step", "l2", "zeros", "count", "nonfinite"), pl.Float64)
+    )
+    if not set(columns) <= set(loss.columns):
+        return Trace(None, empty)
+    kept = loss.filter((pl.col("gradient_nonfinite") == 0) & (pl.col("skipped") == 0))
+    whole = [pl.lit(0.0).alias("zeros"), pl.lit(1.0).alias("count"), pl.lit(0.0).alias("nonfinite")]
+    names = [pl.col("first_step").alias("step"), pl.col("gradient_norm").alias("l2")]
+    return Trace(None, kept.select(*names, *whole).drop_nulls().sort("step"))
 
 
 def _norms(trace: Trace) -> tuple[list[int], list[float]]:
@@ -141,8 +166,16 @@ def _leader(whole: _Rise, parts: list[_Rise]) -> str | None:
     return top.component if top.peak**2 >= 0.5 * whole.peak**2 else None
 
 
-def _finding(rise: _Rise, parts: list[_Rise], trace: Trace | None, t: ExplodingGradient) -> Finding:
-    clipped = trace is not None and _norm_clipped(trace, rise.steps)
+def _finding(
+    rise: _Rise,
+    parts: list[_Rise],
+    trace: Trace | None,
+    t: ExplodingGradient,
+    *,
+    clips: bool | None = None,
+    file: str = GRAD_FILE,
+) -> Finding:
+    clipped = trace is not None and _norm_clipped(trace, rise.steps) if clips is None else clips
     name = f"`{rise.component}`" if rise.component else "the whole model"
     others = sum(one.component != rise.component for one in parts)
     also = f" {others} other part{'s' * (others != 1)} rose with it." if others else ""
@@ -157,7 +190,7 @@ def _finding(rise: _Rise, parts: list[_Rise], trace: Trace | None, t: ExplodingG
         observed=rise.peak,
         threshold=t.max_l2,
         unit="l2 norm before clipping",
-        evidence=Evidence(GRAD_FILE, evidence_steps(rise.steps)),
+        evidence=Evidence(file, evidence_steps(rise.steps)),
         message=(
             f"The gradient norm of {name} rose to {rise.peak:.3g} {often}, first at step "
             f"{rise.steps[0]}; {rise.usual:.3g} was usual.{also}{cushion}"

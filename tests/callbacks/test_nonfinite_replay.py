@@ -1,8 +1,14 @@
 """Is the operation that broke a step named, and is the training as if nobody had looked?"""
 
+import contextlib
 import copy
 import json
+import os
 import random
+import signal
+import threading
+import time
+import weakref
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -353,6 +359,267 @@ def test_other_diagnostics_see_nothing_of_it(tmp_path):
         seen.append([len(rows(path, name)) for name in ("activation", "attention", "latent")])
     assert seen[0] == seen[1]
     assert rows(tmp_path / "True", "nonfinite")
+
+
+class OverLambda(Broken):
+    """A function that encloses the module, as a hook does that keeps features."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.part = lambda x: self.body(x)
+        self.first.register_forward_hook(lambda *_: self.seen.append("hook"))
+
+    def loss(self, batch):
+        return F.mse_loss(self.head(self.part(self.first(batch[0]))), batch[1])
+
+
+class OverTrainer(Broken):
+    def loss(self, batch):
+        hidden = self.trainer.lightning_module.body(self.first(batch[0]))
+        return F.mse_loss(self.head(hidden), batch[1])
+
+
+class OverScheduler(Broken):
+    def training_step(self, batch, batch_idx):
+        self.lr_schedulers().optimizer.param_groups[0]["lr"] *= 0.9
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 100)]
+
+
+class Memory(torch.utils.data.Dataset):
+    def __init__(self):
+        self.kept = []
+
+    def append(self, item):
+        self.kept.append(item)
+
+    def __len__(self):
+        return len(self.kept)
+
+
+class Remembers(Broken):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.memory = Memory()
+
+    def training_step(self, batch, batch_idx):
+        self.memory.append(1)
+        return super().training_step(batch, batch_idx) + len(self.memory)
+
+
+class Itself(nn.Linear):
+    def __deepcopy__(self, memo):
+        return self
+
+
+class GivesItself(Broken):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        torch.manual_seed(4)
+        self.head = Itself(8, 2)
+
+
+class Outside(Broken):
+    """A parameter that trains and that no module holds."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        scale = nn.Parameter(torch.ones(1))
+        self.scale = [lambda: scale]
+
+    def loss(self, batch):
+        return super().loss(batch) * self.scale[0]().square().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.parameters(), self.scale[0]()], lr=1e-2)
+
+
+class Ascends(torch.optim.SGD):
+    @torch.no_grad()
+    def first_step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(parameter.grad.sign(), alpha=0.01)
+
+
+class Sharpness(Broken):
+    """Two backward passes, with the weights moved in between; the second is odd."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        odd = self.prepare(batch_idx)
+        optimizer = self.optimizers()
+        for second in (False, True):
+            self.fault.odd = odd and second
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            (optimizer.step if second else optimizer.first_step)()
+
+    def configure_optimizers(self):
+        return Ascends(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("kind", [CollapseStop, Late])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (OverLambda, "op"),
+        (OverTrainer, "op"),
+        (OverScheduler, "op"),
+        (Remembers, "op"),
+        (GivesItself, "failed"),
+        (Outside, "failed"),
+        (Sharpness, "failed"),
+    ],
+)
+def test_ways_back_to_what_trains(tmp_path, make, reason, kind):
+    left = []
+    own = {"snapshot_every_n_steps": 1}
+    for find in (False, True):
+        bits, path = Bits(), tmp_path / str(find)
+        module = make(spoils(lambda x: (x * 0).log()))
+        own["find_nonfinite"] = find
+        trainer = train(module, path, kind=kind, after=[bits], own=own)
+        rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        left.append((bits.steps, rates, len(getattr(module, "memory", ()))))
+    assert not trace.differences(left[0][0], left[1][0])
+    assert left[0][1:] == left[1][1:]
+    (row,) = rows(tmp_path / "True", "nonfinite")
+    assert row["reason"] == reason, row["message"]
+
+
+@pytest.mark.parametrize("make", [Broken, BrokenByHand, OverTrainer])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_copy_is_given_back(tmp_path, monkeypatch, make, fails):
+    from lightning_diag.callbacks import nonfinite_replay
+
+    copies, alive, original = [], [], nonfinite_replay.aside
+
+    class Looks(Callback):
+        def on_train_batch_end(self, *_):
+            alive.append(sum(copied() is not None for copied in copies))
+
+    def aside(*given):
+        copied = original(*given)
+        copies.extend(weakref.ref(x) for x in (copied, *copied.parameters()))
+        return copied
+
+    def spoil(x):
+        if fails and threading.current_thread() is not threading.main_thread():
+            raise torch.OutOfMemoryError("planted")
+        return (x * 0).log()
+
+    monkeypatch.setattr(nonfinite_replay, "aside", aside)
+    train(make(spoils(spoil)), tmp_path, after=[Looks()])
+    assert found(tmp_path)["reason"] == ("failed" if fails else "op")
+    assert copies
+    assert not any(alive)
+
+
+def test_the_graph_of_a_loss_is_not_held():
+    replay = NonfiniteReplay()
+    replay.begin(0, None, 0, torch.device("cpu"))
+    loss = torch.ones((), requires_grad=True) * 2
+    replay.saw_loss(loss)
+    assert replay.losses()[0].grad_fn is None
+
+
+class NeverEnds(Broken):
+    """Made again, it goes on and on, and keeps all errors to itself."""
+
+    def training_step(self, batch, batch_idx):
+        if threading.current_thread() is not threading.main_thread():
+            if self.options.get("interrupts"):
+                os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                with contextlib.suppress(Exception):
+                    torch.rand(1)
+                    time.sleep(0.001)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+    from lightning_diag.callbacks import nonfinite_replay
+
+    monkeypatch.setattr(nonfinite_replay, "_MOST_SECONDS", 0.2)
+    trainer = train(NeverEnds(spoils(lambda x: (x * 0).log())), tmp_path)
+    assert trainer.global_step == STEPS
+    assert "took longer than 0.2 s" in found(tmp_path)["message"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no such signal")
+def test_an_interrupt_ends_the_replay_too(tmp_path):
+    threads = threading.active_count()
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        train(NeverEnds(spoils(lambda x: (x * 0).log()), interrupts=True), tmp_path)
+    assert threading.active_count() == threads
+    assert not rows(tmp_path, "nonfinite")
+
+
+def test_there_must_be_room_for_a_copy(tmp_path, monkeypatch):
+    from lightning_diag.callbacks import nonfinite_replay_copy
+
+    monkeypatch.setattr(nonfinite_replay_copy, "_free_bytes", lambda device: 100)
+    train(Broken(spoils(lambda x: (x * 0).log())), tmp_path)
+    assert "and 1e-07 GB are free" in found(tmp_path)["message"]
+
+
+def test_a_part_that_was_never_used_is_no_obstacle(tmp_path):
+    class Lazy(Broken):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.never = nn.LazyLinear(3)
+
+        def configure_optimizers(self):
+            parts = [self.first, self.body, self.head]
+            return torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.1)
+
+    train(Lazy(spoils(lambda x: (x * 0).log())), tmp_path)
+    assert (found(tmp_path)["op"], found(tmp_path)["reason"]) == ("aten.log", "op")
+
+
+def test_an_end_that_the_step_asks_for(tmp_path):
+    class Exits(Broken):
+        def training_step(self, batch, batch_idx):
+            if threading.current_thread() is not threading.main_thread():
+                raise SystemExit(3)
+            return super().training_step(batch, batch_idx)
+
+    trainer = train(Exits(at_end=lambda loss: loss * NAN), tmp_path)
+    assert trainer.global_step == STEPS
+    assert "SystemExit" in found(tmp_path)["message"]
+
+
+def test_a_number_that_has_left_its_tensor(tmp_path):
+    def spoil(loss):
+        return loss * (loss.detach() * 0 - 1).log().item()
+
+    train(Broken(at_end=spoil), tmp_path)
+    assert (found(tmp_path)["op"], found(tmp_path)["reason"]) == ("aten.log", "op")
+
+
+def test_weights_that_another_optimizer_has_moved_are_later_ones(tmp_path):
+    class Second(BrokenByHand):
+        def loss(self, batch):
+            self.fault.odd = self.fault.odd and self.turn > 0
+            return super().loss(batch)
+
+        def training_step(self, batch, batch_idx):
+            odd = self.prepare(batch_idx)
+            for turn, optimizer in enumerate(self.optimizers()):
+                self.turn, self.fault.odd = turn, odd
+                loss = self.loss(batch)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    train(Second(spoils(lambda x: (x * 0).log())), tmp_path)
+    assert (found(tmp_path)["op"], found(tmp_path)["weights"]) == ("aten.log", "later")
 
 
 def test_nothing_is_held_afterwards(tmp_path):

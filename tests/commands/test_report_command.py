@@ -345,19 +345,21 @@ seed: 77
 
 @pytest.mark.parametrize(
     "name",
-    ["null.yaml", "12.yaml", "1e5.yaml", "v1.2.yaml", "a b.yaml", "é.yaml", "-x.yaml"]
-    + ["drivers.yaml", ".yaml.yaml", "dir (1)/it's.yaml"],
+    [
+        *("null.yaml", "12.yaml", "1e5.yaml", "v1.2.yaml", "a b.yaml", "é.yaml", "-x.yaml"),
+        *("drivers.yaml", ".yaml.yaml", "dir (1)/it's.yaml"),
+    ],
 )
 def test_an_experiment_file_may_have_any_name(shown, name):
     done = shown(name, FILE)
     assert done.exit_code == 0, done.stderr
-    assert "\nseed: 77\n" in done.output
+    assert "seed: 77\n" in done.output
 
 
 def test_two_files_of_one_name_are_two_experiments(shown):
     for folder, seed in (("one", 5), ("two", 6)):
         done = shown(f"{folder}/fixed.yaml", FILE.replace("77", str(seed)))
-        assert f"\nseed: {seed}\n" in done.output, done.stderr
+        assert f"seed: {seed}\n" in done.output, done.stderr
     named = experiment_files("experiment=one/fixed.yaml,two/fixed.yaml", {"fixed": ""})
     assert list(named) == ["fixed_file", "fixed_file_file"]
     assert [Path(file).parts[-2:] for file in named.values()] == [
@@ -384,15 +386,16 @@ def test_train_report_apply_train_again(tmp_path):
         return subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
 
     given = ["experiment=tiny", "optimizer.lr=1.5", "trainer.gradient_clip_val=null"]
-    given += ["trainer.max_epochs=8", "run_dir=sick"]
+    given += ["trainer.max_epochs=8", "run_dir='si ck'"]
     given += ["rules={dead_component: {min_rows: 4}}"]
     callbacks = "callbacks=[gradient_health,update_ratio,collapse_stop,health_alerts]"
     options = ["callbacks.update_ratio.every_n_steps=2", "callbacks.collapse_stop.action=warn"]
     trained = run("train", "--config-dir", "conf", *given, callbacks, *options)
     assert trained.returncode == 0, trained.stderr
-    sick = read_run(project / "sick")
+    assert trained.stdout.endswith("next: lightning-diag report 'si ck'\n")
+    sick = read_run(project / "si ck")
     assert sick.config["callbacks"]["health_alerts"]["thresholds"] == sick.config["rules"]
-    done = run("report", "sick", "--apply", "fixed.yaml")
+    done = run("report", "si ck", "--apply", "fixed.yaml")
     assert done.returncode == 4, done.stderr
     assert "written: fixed.yaml" in done.stdout
     again = run("train", "--config-dir", "conf", "experiment=fixed.yaml", "run_dir=well")
@@ -401,5 +404,5 @@ def test_train_report_apply_train_again(tmp_path):
     assert well.config["optimizer"]["lr"] < 1.5
     assert well.config["rules"] == sick.config["rules"]
     assert well.metrics["val_loss"].drop_nulls().to_list()[-1] < 10
-    assert run("compare", "sick", "well", "--fail-on", "warning").returncode == 0
-    assert run("compare", "well", "sick", "--fail-on", "warning").returncode == 4
+    assert run("compare", "si ck", "well", "--fail-on", "warning").returncode == 0
+    assert run("compare", "well", "si ck", "--fail-on", "warning").returncode == 4

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 importlib.import_module(os.environ.get("LIGHTNING_DIAG_TEST_PACKAGE", "pytorch_lightning"))
 
@@ -29,7 +29,8 @@ def tried(name: str, folder: str, setting: Setting) -> Trial | str:
 
 def mended(name: str, folder: str) -> Repair | str:
     """One case, mended; or why it could not be run."""
-    return _safely(lambda: repair(all_cases()[name], Path(folder) / f"{name}_repair"))
+    case, home = all_cases()[name], Path(folder)
+    return _safely(lambda: repair(case, home / f"{name}_repair", home / "close" / name))
 
 
 def _safely(work: Callable[[], _Outcome]) -> _Outcome | str:
@@ -63,7 +64,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="cases, or beginnings of names; all if none")
     parser.add_argument("--setting", choices=["close", "default"], default="close")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--keep", type=Path, help="folder for the runs")
+    parser.add_argument(
+        "--keep", type=Path, help="folder for the runs; those that are there are not trained again"
+    )
+    parser.add_argument("--settings", default="close,default", help="what --write measures")
     parser.add_argument("--half", choices=["tuned", "held-out", "both"], default="both")
     parser.add_argument("--repair", action="store_true", help="mend the runs that can be mended")
     parser.add_argument("--write", action="store_true", help=f"all of it, into {RESULTS.name}")
@@ -79,7 +83,8 @@ def main() -> None:
         trials: dict[str, list[Trial]] = {}
         broken: list[str] = []
         repairs: list[Repair] = []
-        settings: list[Setting] = ["close", "default"] if given.write else [given.setting]
+        wanted: list[Any] = given.settings.split(",")
+        settings: list[Setting] = wanted if given.write else [given.setting]
         for setting in settings if given.write or not given.repair else []:
             futures = {n: pool.submit(tried, n, f"{folder}/{setting}", setting) for n in names}
             for name, future in futures.items():

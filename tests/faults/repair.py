@@ -37,20 +37,30 @@ class Repair:
         return self.end == "healthy"
 
 
-def repair(case: Case, folder: Path) -> Repair:
-    """Train, diagnose, apply, train again, until it is healthy or nothing is left to apply."""
+def repair(case: Case, folder: Path, sick: Path | None = None) -> Repair:
+    """Train, diagnose, apply, train again, until it is healthy or nothing is left to apply.
+
+    Args:
+        case: The case.
+        folder: Where to train.
+        sick: The run of the case as it is, where that was made already.
+    """
     config, cause = case.config, "nothing was found"
     changed: dict[str, Any] = {}
     for number in range(_ROUNDS + 1):
-        place = folder / f"round_{number}"
-        witness = train(case, config, place)
+        place, witness = folder / f"round_{number}", None
+        if number == 0 and sick is not None and sick.exists():
+            place = sick
+        else:
+            witness = train(case, config, place)
         findings = [one for one in diagnose(read_run(place), on_error="raise") if one.rank > 0]
         if number == 0 and findings:
             cause = findings[0].rule
         if not findings:
             end = "healthy" if number else "nothing was found"
             try:
-                (case.cured or (lambda _: None))(witness)
+                if case.cured is not None and witness is not None:
+                    case.cured(witness)
             except AssertionError as wrong:
                 end = f"silent, but {wrong}"
             return Repair(case.name, cause, changed, number, end)

@@ -127,13 +127,19 @@ def train(case: Case, config: Config, folder: Path, setting: Setting = "close") 
 
 
 def attempt(case: Case, folder: Path, setting: Setting = "close") -> Trial:
-    """Train a case, show that it is what it claims, and diagnose it."""
-    witness, error = train(case, case.config, folder, setting), ""
-    try:
-        case.verify(witness)
-    except AssertionError as wrong:
-        error = f"not what it claims: {wrong}".strip()
-    run = read_run(folder)
+    """Train a case, show that it is what it claims, and diagnose it.
+
+    A folder that holds the run already is diagnosed again, and not trained.
+    """
+    said = folder / "verified.txt"
+    if not said.exists():
+        witness, error = train(case, case.config, folder, setting), ""
+        try:
+            case.verify(witness)
+        except AssertionError as wrong:
+            error = f"not what it claims: {wrong}".strip()
+        said.write_text(error)
+    error, run = said.read_text(), read_run(folder)
     findings = diagnose(run, on_error="raise")
     delay, since = (None, None) if case.healthy else _delay(case, run)
     return Trial(case, findings, delay, since, error)

@@ -73,6 +73,54 @@ def test_charts_are_those_of_the_report(client, folder):
     assert spec["datasets"] == json.loads(json.dumps(drawn["datasets"]))
 
 
+@pytest.mark.parametrize("path", ["/api/state", "/api/chart/0/training", "/api/theme", "/vega.js"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"sec-fetch-site": "cross-site"},
+        {"sec-fetch-site": "same-site"},
+        {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"},
+        {"origin": "https://evil.example"},
+        {"origin": "null"},
+        # another page of this machine is another site
+        {"origin": "http://127.0.0.1:9000"},
+        {"origin": "https://127.0.0.1:8000"},
+    ],
+)
+def test_pages_of_other_sites_read_nothing(client, path, headers):
+    answer = client.get(path, headers=headers)
+    assert answer.status_code == 403
+    assert answer.text == "Only the monitor's own page may ask."
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"sec-fetch-site": "same-origin"},
+        {"sec-fetch-site": "none", "sec-fetch-mode": "navigate"},
+        {"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:8000"},
+    ],
+)
+def test_its_own_page_reads_all(client, headers):
+    answer = client.get("/api/state", headers=headers)
+    assert answer.status_code == 200
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
+
+
+def test_a_link_of_another_page_may_open_it(client):
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    assert client.get("/", headers=headers).status_code == 200
+    assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 403
+
+
+@pytest.mark.parametrize("asked", ["?runs=0,99", "?runs=-1,x,٣", f"?runs={'9' * 5000}", "?runs="])
+def test_odd_wishes_are_passed_over(client, asked):
+    assert client.get(f"/api/state{asked}").status_code == 200
+    assert client.get("/api/together?runs=99").status_code == 404
+
+
 def test_nothing_can_be_written(client):
     for method in ("post", "put", "delete", "patch"):
         assert getattr(client, method)("/api/state").status_code == 405

@@ -72,6 +72,9 @@ def _elsewhere(asked, home):
 
 def drawn(page, *names):
     for name in names:
+        # charts are drawn where they are seen
+        page.wait_for_selector(f"#chart-{name}", state="attached")
+        page.evaluate("id => document.getElementById(id).scrollIntoView()", f"chart-{name}")
         page.wait_for_selector(f"#chart-{name} svg")
 
 
@@ -170,6 +173,165 @@ def test_a_sweep_is_shown_side_by_side_and_by_keyboard(folders, serve, browse):
     page.wait_for_timeout(1000)
     assert page.evaluate("document.activeElement.innerText") == "1"
     assert buttons.nth(1).get_attribute("aria-pressed") == "true"
+
+
+def test_runs_that_are_ticked_are_shown_beside_the_chosen_one(folders, serve, browse):
+    for number in range(3):
+        folders(str(number)).begin().train(9, 50 + 10 * number)
+    wide = {"viewport": {"width": 1600, "height": 900}}
+    page = browse(serve(folders("0").path.parent), **wide)
+    drawn(page, "of-all", "training")
+    assert page.locator("#charts figure").count() == 2
+    box = page.get_by_role("checkbox", name="compare 2")
+    box.focus()
+    page.keyboard.press("Space")
+    drawn(page, "training-1", "gradient_flow-1")
+    left, right = (page.locator(f"#chart-{name}") for name in ("training", "training-1"))
+    assert left.bounding_box()["y"] == right.bounding_box()["y"]
+    assert left.bounding_box()["x"] < right.bounding_box()["x"]
+    assert [one.get_attribute("data-of") for one in (left, right)] == ["0", "2"]
+    assert page.get_by_role("checkbox", name="compare 0").is_disabled()
+    box.focus()
+    page.keyboard.press("Space")
+    page.wait_for_selector("#chart-training-1", state="detached")
+
+
+def test_a_run_of_a_sweep_that_is_killed_torn_or_deleted_says_so(folders, serve, browse):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for number in range(4):
+        folders(str(number)).begin(pid=dead.pid if number == 1 else None).train(9, 50)
+    with (folders("2").path / "records" / "grad.jsonl").open("a") as stream:
+        stream.write('{"step": 59, "comp\n')
+    page = browse(serve(folders("0").path.parent))
+    drawn(page, "of-all")
+    shutil.rmtree(folders("3").path)
+    states = "[...document.querySelectorAll('#runs tr')].map(row => row.children[2].innerText)"
+    page.wait_for_function(f"{states}.join() === 'Training,Killed,Training,Gone'")
+    page.get_by_role("button", name="2").click()
+    page.wait_for_function("document.querySelector('#lead').innerText.includes('not be read: 1')")
+    page.get_by_role("button", name="3").click()
+    page.wait_for_function("document.querySelector('#headline').innerText === 'Gone'")
+
+
+def test_two_hundred_runs_are_shown_and_only_the_chosen_ones_charts(folders, serve, browse):
+    for number in range(200):
+        folders(str(number)).begin(status="finished").train(9, 30)
+    page = browse(serve(folders("0").path.parent))
+    page.wait_for_function("document.querySelectorAll('#runs tr').length === 200")
+    page.wait_for_function("!document.querySelector('#runs').innerText.includes('Reading')")
+    drawn(page, "of-all", "training")
+    assert "smallest loss" in page.inner_text("#together figcaption")
+    assert page.locator("#charts figure").count() == 2
+    page.get_by_role("button", name="150", exact=True).click()
+    page.wait_for_function("document.querySelector('#title').innerText === '150'")
+
+
+def test_charts_stay_where_they_are_and_are_drawn_only_where_seen(folder, serve, browse):
+    folder.begin().train(9, 50)
+    for step in (9, 19):
+        folder.write("hardware", {"step": step, "time": 1e3 + step, "samples_per_second": 5.0})
+        folder.write("latent", {"step": step, "time": 1e3 + step, "latent_std": 1.0, "side": "x"})
+    page = browse(serve(folder.path), viewport={"width": 900, "height": 700})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    page.wait_for_selector("#chart-training svg")
+    assert page.locator("#chart-hardware svg").count() == 0
+    drawn(page, "hardware")
+    page.wait_for_timeout(1000)
+    where, look = (
+        page.evaluate("scrollY"),
+        page.evaluate("document.querySelector('#foot').innerText"),
+    )
+    before = page.inner_html("#chart-hardware svg")
+    assert where > 300
+    # the rows of other charts change nothing here, and charts out of sight are not asked for
+    asked.clear()
+    folder.train(59, 80)
+    page.wait_for_function("document.querySelector('#numbers').innerText.includes('79 of 100')")
+    page.wait_for_timeout(1000)
+    assert not {"training", "hardware"} & set(asked)
+    assert page.inner_html("#chart-hardware svg") == before
+    folder.write("hardware", {"step": 29, "time": 1029.0, "samples_per_second": 50.0})
+    page.wait_for_function(
+        "before => document.querySelector('#chart-hardware svg').innerHTML !== before", arg=before
+    )
+    assert abs(page.evaluate("scrollY") - where) <= 2
+    page.evaluate("window.scrollTo(0, 0)")
+    page.wait_for_timeout(1000)
+    assert "training" in asked
+    assert look
+
+
+def test_an_empty_chart_is_never_seen_while_it_is_drawn_anew(folder, serve, browse):
+    folder.begin().train(9, 50)
+    page = browse(serve(folder.path))
+    drawn(page, "training")
+    page.evaluate("""() => {
+        window.seen = [];
+        const place = document.querySelector('#chart-training .chart');
+        new MutationObserver(() => window.seen.push(place.querySelectorAll('svg').length))
+            .observe(place, { childList: true });
+    }""")
+    folder.train(59, 80)
+    page.wait_for_function("window.seen.length > 0")
+    assert set(page.evaluate("window.seen")) == {1}
+
+
+def test_wide_windows_have_two_columns_of_charts(folder, serve, browse):
+    folder.begin().train(9, 100)
+    page = browse(serve(folder.path), viewport={"width": 1600, "height": 900})
+    drawn(page, "training", "gradient_flow")
+    left, right = (
+        page.locator(f"#chart-{x}").bounding_box() for x in ("training", "gradient_flow")
+    )
+    assert abs(left["y"] - right["y"]) <= 1
+    assert left["x"] + left["width"] <= right["x"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(folders, serve, browse, scheme):
+    """The contrast that WCAG 2.2 asks of text, 4.5, for every text there is on the page."""
+    folders("1").begin().train(9, 100)
+    sick = folders("0").begin(stop_reason="because").train(9, 100)
+    for step in range(109, 200, 10):
+        row = {"step": step, "time": 1000.0 + step, "count": 100, "tensors": 2, "missing": 0}
+        silent = {"component": "head", "l2": None, "count": 0, "tensors": 0, "missing": 2}
+        sick.write("grad", row | {"component": "encoder", "l2": 0.5}, row | silent)
+    page = browse(serve(sick.path.parent), color_scheme=scheme)
+    drawn(page, "of-all", "training", "gradient_flow")
+    page.wait_for_selector("#findings .critical")
+    pale = page.evaluate(CONTRASTS)
+    assert len(pale) > 20
+    assert {text: ratio for text, ratio in pale if ratio < 4.5} == {}
+
+
+CONTRASTS = """() => {
+    const parts = (colour) => (colour.match(/[\\d.]+/g) || []).map(Number);
+    const light = (colour) => {
+        const [r, g, b] = parts(colour).map((x) => x / 255)
+            .map((x) => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const ground = (node) => {
+        for (let at = node; at; at = at.parentElement) {
+            const colour = getComputedStyle(at).backgroundColor;
+            const [, , , alpha = 1] = parts(colour);
+            if (alpha > 0) return colour;
+        }
+        return 'rgb(255, 255, 255)';
+    };
+    const found = [];
+    for (const node of document.querySelectorAll('body *')) {
+        const text = [...node.childNodes].filter((one) => one.nodeType === 3 && one.data.trim());
+        if (!text.length || node.closest('script') || !node.getClientRects().length) continue;
+        const style = getComputedStyle(node);
+        const ink = node.closest('svg') ? style.fill : style.color;
+        const [a, b] = [light(ink), light(ground(node))].sort((x, y) => y - x);
+        found.push([text[0].data.trim().slice(0, 40), (a + 0.05) / (b + 0.05)]);
+    }
+    return found;
+}"""
 
 
 def test_everything_has_a_name_for_those_who_listen(folder, serve, browse):

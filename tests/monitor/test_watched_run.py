@@ -163,3 +163,109 @@ def test_many_threads_may_ask(folder):
         time.sleep(0)
     assert all(one.result()["runs"][0]["summary"]["step"] == 49 for one in states)
     assert all(one.result() for one in charts)
+
+
+def test_what_did_not_change_is_not_opened(folders, monkeypatch):
+    for number in range(5):
+        folders(str(number)).begin(status="finished").train(9, 50)
+    runs = WatchedRuns(folders("0").path.parent, interval=1e-9)
+    runs.state()
+    opened = []
+    monkeypatch.setattr(
+        "lightning_diag.records.followed_run.read_info",
+        lambda path: opened.append(path.name) or {"status": "running"},
+    )
+    assert not runs.look()
+    assert opened == []
+    folders("3").train(59, 60)
+    assert runs.look()
+    assert opened == ["3"]
+
+
+def test_many_runs_are_read_bit_by_bit(folders, monkeypatch):
+    for number in range(6):
+        folders(str(number)).begin(status="finished").train(9, 50)
+    runs = WatchedRuns(folders("0").path.parent)
+    monkeypatch.setattr("lightning_diag.monitor.watched_runs._READING", -1.0)
+    first = runs.state([4])
+    assert first["behind"]
+    # the one that is looked at comes first, though it was not known before
+    assert [one["summary"]["step"] for one in first["runs"]] == [None] * 6
+    second = runs.state([4])
+    assert second["runs"][4]["summary"]["step"] == 49
+    assert second["runs"][4]["charts"]
+    monkeypatch.setattr("lightning_diag.monitor.watched_runs._READING", 10.0)
+    last = runs.state([4])
+    assert not last["behind"]
+    assert {one["summary"]["step"] for one in last["runs"]} == {49}
+
+
+def test_the_time_left_is_that_of_this_attempt(folder):
+    folder.begin(planned=200).train(9, 150)
+    info = json.loads((folder.path / "run.json").read_text())
+    info["attempts"][0] |= {"first_step": 100, "started": 1100.0}
+    (folder.path / "run.json").write_text(json.dumps(info))
+    summary = look(folder.path).summary()
+    # 50 steps in 49 seconds, and 50 are left
+    assert (summary.step, summary.progress) == (149, 0.75)
+    assert summary.remaining_seconds == pytest.approx(49)
+
+
+def test_the_losses_of_the_best_runs_are_in_colour(folders):
+    for number in range(12):
+        folder = folders(str(number)).begin(status="finished")
+        for step in (9, 19):
+            row = {"step": step, "time": 1000.0 + step}
+            folder.write("metrics", row | {"train_loss": 10.0 - number})
+    runs = WatchedRuns(folders("0").path.parent)
+    runs.look(at_once=True)
+
+    def coloured(spec):
+        (names,) = {
+            tuple(layer["encoding"]["color"]["scale"]["domain"])
+            for panel in spec["vconcat"]
+            for layer in panel["layer"]
+            if "color" in layer.get("encoding", {})
+        }
+        return set(names)
+
+    assert coloured(runs.together()) == {"7", "8", "9", "10", "11"}
+    picked = runs.together([0, 3])
+    assert coloured(picked) == {"0", "3"}
+    # the others are there still
+    drawn = {row["name"] for rows in picked["datasets"].values() for row in rows}
+    assert drawn == {str(number) for number in range(12)}
+    with pytest.raises(LookupError, match="There are 12 runs, got number 12"):
+        runs.together([12])
+
+
+def test_rules_that_take_long_are_run_more_seldom(folder, monkeypatch):
+    clock, took, judged = [0.0], [1.0], []
+
+    def slow(run):
+        judged.append(run.frame("metrics")["step"].max())
+        clock[0] += took[0]
+        return []
+
+    monkeypatch.setattr("lightning_diag.monitor.watched_run.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("lightning_diag.monitor.watched_run.diagnose", slow)
+    run = look(folder.begin().train(9, 20).path)
+    assert judged == [19]
+    folder.train(29, 30)
+    run.look()
+    assert judged == [19]
+    clock[0] = 10.0
+    # though nothing was written since
+    assert run.look()
+    assert judged == [19, 29]
+
+
+def test_of_long_runs_some_steps_are_shown(folder):
+    rows = [{"step": s, "time": 1e3 + s, "train_loss": 1.0, "lr": 0.1} for s in range(5000)]
+    folder.begin().write("metrics", *rows)
+    run = look(folder.path)
+    steps = run.losses()[0].steps
+    assert 500 <= len(steps) <= 1000
+    assert steps[0] == 0
+    assert steps[-250:] == list(range(4750, 5000))
+    assert run.summary().step == 4999

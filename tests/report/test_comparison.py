@@ -435,3 +435,42 @@ def test_the_data_alone_needs_no_charts():
     code += "print({'altair', 'torch'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>\"'`[red]\\{{7*7}}${oc.env:HOME}\n\x1b[31m.x[0]:Q"
+
+
+def test_hostile_names_are_names_in_text_and_page(tmp_path):
+    """A control character in a chart used to end the process."""
+    folder = tmp_path / HOSTILE.replace("/", "_").replace("\n", "")
+    rows = [{**row, "component": row["component"] and HOSTILE} for row in norms([0.1] * 40)]
+    config = {HOSTILE: {HOSTILE: HOSTILE}, 3: {4: [1]}, "monitor": f"loss {HOSTILE}"}
+    info = {"status": HOSTILE, "seed": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    a = write(
+        folder,
+        metrics=losses([3.0, 2.0], f"loss {HOSTILE}"),
+        grad=rows,
+        config=config,
+        info=info,
+    )
+    b = write(
+        tmp_path / "b",
+        metrics=losses([3.0, 1.0], f"loss {HOSTILE}"),
+        grad=[
+            {**row, "l2": row["l2"] if row["step"] < 30 else 500.0, "component": row["component"]}
+            for row in rows
+        ],
+        config={3: 5},
+    )
+    found = compare(a, b)
+    assert found.of("new")
+    page = comparison_page(found, a, b)
+    assert "<img src=x" not in page
+    assert page.count("<script") == page.count("</script>")
+    assert "&lt;img src=x onerror" in page
+    console = Console(width=500, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_comparison(found, console)
+    text = console.export_text(styles=True)
+    assert "[red]\\{{7*7}}${oc.env:HOME}" in text
+    assert "\x1b[31m.x[0]" not in text
+    assert not re.search(r"^\s*\?\[31m", text, re.MULTILINE)

@@ -85,6 +85,13 @@ def test_the_first_that_has_found_something():
     assert first_nonfinite(frame()) == {}
 
 
+def test_after_a_rollback_the_row_before_the_gradient_is_cited():
+    rolled_back = {**ROW, "step": 20, "message": "It was another one."}
+    finding = only({"grad": gradients([300]), "nonfinite": [rolled_back, {**ROW, "step": 290}]})
+    assert finding.first_step == 290
+    assert "another one" not in finding.message
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [

@@ -201,10 +201,18 @@
     if (state) charts();
   }, { rootMargin: "300px" });
 
+  // where charts stand in columns, each begins right below the one above it
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      target.style.gridRowEnd = `span ${Math.ceil((target.offsetHeight + 16) / 8)}`;
+    }
+  });
+
   function figure(id, key) {
     const made = element("figure", { id }, element("figcaption", {}, element("strong"), element("span")),
       element("div", { class: "chart", role: "img", "aria-label": `${key}, not drawn yet` }));
     observer.observe(made);
+    sizes.observe(made);
     return made;
   }
 
@@ -248,6 +256,7 @@
     shown.delete(made.id);
     near.delete(made.id);
     observer.unobserve(made);
+    sizes.unobserve(made);
     made.remove();
   }
 
