@@ -30,13 +30,17 @@ class Progress:
         entries: Step, loss, gradient norm, learning rate, whether the scaler skips it, and whether
             the gradient is not finite, of the steps since the last row.
         broken: Whether the loss of the last step was not finite.
+        latest: Numbers of the last step, of which those of the predictions are taken.
     """
 
     entries: list[Entry] = field(default_factory=list)
     broken: bool = False
+    latest: Row = field(default_factory=dict)
+    _rows: list[tuple[int, Row]] = field(default_factory=list)
 
-    def see(self, numbers: Numbers, verdict: Verdict, rate: float | None) -> Row | None:
-        """Take one step; a row where it is the last of its ten."""
+    def see(self, numbers: Numbers, verdict: Verdict, rate: float | None) -> None:
+        """Take one step; a row is made where it is the last of its ten."""
+        self.latest = verdict.row
         odd = numbers.values["nan"] + numbers.values["inf"] > 0
         self.entries.append(
             (numbers.step, numbers.loss, numbers.norm, rate, int(numbers.skipped), int(odd))
@@ -44,18 +48,21 @@ class Progress:
         many = _STEPS if numbers.step < _LONG_AFTER else _LONG_STEPS
         before, self.broken = self.broken, "nonfinite_loss" in verdict.kinds[:1]
         # a break is told at once, and not at each step that it lasts
-        now = len(self.entries) >= many or (self.broken and not before)
-        return self.row(verdict.row) if now else None
+        if len(self.entries) >= many or (self.broken and not before):
+            self.end()
 
-    def row(self, latest: Row) -> Row | None:
-        """The row of what was gathered, which is then forgotten; None where there is nothing.
+    def end(self) -> None:
+        """Make a row of what was gathered, if anything was."""
+        if self.entries:
+            self._rows.append((self.entries[-1][0], self._row(self.entries)))
+            self.entries = []
 
-        Args:
-            latest: Numbers of the last step, of which those of the predictions are taken.
-        """
-        if not self.entries:
-            return None
-        entries, self.entries = self.entries, []
+    def take(self) -> list[tuple[int, Row]]:
+        """The rows that were made since the last call, each with its step."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def _row(self, entries: Sequence[Entry]) -> Row:
         losses = [(step, loss) for step, loss, *_ in entries if loss is not None]
         finite = [(step, loss) for step, loss in losses if math.isfinite(loss)]
         odd = [step for step, loss in losses if not math.isfinite(loss)]
@@ -74,7 +81,7 @@ class Progress:
             "lr_min": min(rates, default=None),
             "lr_max": max(rates, default=None),
         }
-        return row | {key: latest.get(key) for key in ("variance", "top_share", "predictions")}
+        return row | {key: self.latest.get(key) for key in ("variance", "top_share", "predictions")}
 
 
 def _loss_columns(finite: Sequence[tuple[int, float]]) -> Row:

@@ -272,7 +272,7 @@ class CollapseStop(Diagnostic):
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
-        self._replay.saw_loss(loss)
+        self._replay.saw_loss(loss, by_hand=not pl_module.automatic_optimization)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -313,7 +313,7 @@ class CollapseStop(Diagnostic):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._act(trainer, pl_module)
-        self._end_progress()
+        self._progress.end()
         self._write(trainer)
         if self._triggered:
             self._write_report(trainer)
@@ -322,7 +322,7 @@ class CollapseStop(Diagnostic):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         super().on_exception(trainer, pl_module, exception)
-        self._end_progress()
+        self._progress.end()
         self._write(trainer)
 
     def on_save_checkpoint(
@@ -381,8 +381,6 @@ class CollapseStop(Diagnostic):
         self._replays: list[tuple[int, Row]] = []
         self._odd_step: tuple[int, str] | None = None
         self._progress = Progress()
-        self._latest: Row = {}
-        self._loss_rows: list[tuple[int, Row]] = []
 
     def release(self) -> None:
         super().release()
@@ -394,7 +392,7 @@ class CollapseStop(Diagnostic):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         # written by `on_save_checkpoint`, which comes next: a resumed run begins with new rows
-        self._end_progress()
+        self._progress.end()
         return state | {
             "judge": self._judge.state(),
             "rollbacks": [dict(one) for one in self._rollbacks],
@@ -472,10 +470,7 @@ class CollapseStop(Diagnostic):
     def _judged(self, numbers: Numbers, rate: float | None) -> None:
         verdict = self._judge.see(numbers)
         self._last_step = verdict.step
-        self._latest = verdict.row
-        progress = self._progress.see(numbers, verdict, rate)
-        if progress is not None:
-            self._loss_rows.append((verdict.step, progress))
+        self._progress.see(numbers, verdict, rate)
         if self._verdict is None or not self._verdict.collapsed:
             self._verdict = verdict
         hard = [kind for kind in verdict.kinds if kind in HARD]
@@ -656,14 +651,8 @@ class CollapseStop(Diagnostic):
             self.report(trainer, [row], step=step)
         self._write_progress(trainer)
 
-    def _end_progress(self) -> None:
-        rest = self._progress.row(self._latest)
-        if rest is not None:
-            self._loss_rows.append((self._last_step, rest))
-
     def _write_progress(self, trainer: Trainer) -> None:
-        rows, self._loss_rows = self._loss_rows, []
-        for step, row in rows:
+        for step, row in self._progress.take():
             self.report(trainer, [row], step=step, prefix="loss")
 
     def _write_report(self, trainer: Trainer) -> None:

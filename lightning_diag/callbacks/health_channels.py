@@ -31,18 +31,21 @@ def send(trainer: Trainer, finding: Finding, step: int) -> None:
     title, lines = _words(finding)
     for logger in trainer.loggers:
         there: Any = logger
-        kind = type(logger).__name__
-        if kind not in ("WandbLogger", "TensorBoardLogger"):
-            continue
+        # also those that people derive from them
+        kinds = {kind.__name__ for kind in type(logger).__mro__}
         try:
-            if kind == "WandbLogger":
+            if "WandbLogger" in kinds:
                 level = {"critical": "ERROR", "warning": "WARN"}.get(finding.severity, "INFO")
                 there.experiment.alert(title=title[:64], text="\n".join(lines), level=level)
-            else:
+            elif "TensorBoardLogger" in kinds:
                 text = "  \n".join([f"**{title}**", *lines])
                 there.experiment.add_text("health/alert", text, step)
+            elif "MLFlowLogger" in kinds:
+                place = f"health/alert-{step}-{finding.rule}.txt"
+                there.experiment.log_text(there.run_id, "\n".join([title, *lines]), place)
         except Exception as error:
-            rank_zero_warn(f"{kind} took no alert: {type(error).__name__}: {error}")
+            name = type(logger).__name__
+            rank_zero_warn(f"{name} took no alert: {type(error).__name__}: {error}")
 
 
 def _words(finding: Finding) -> tuple[str, list[str]]:

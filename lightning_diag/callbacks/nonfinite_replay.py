@@ -89,11 +89,16 @@ class NonfiniteReplay:
         generators = Generators.now(device, others=others)
         self._batches.append(_Batch(step, batch, batch_idx, generators))
 
-    def saw_loss(self, loss: Tensor) -> None:
-        """Take note of the loss of the micro-batch under way, the first where there are several."""
+    def saw_loss(self, loss: Tensor, *, by_hand: bool) -> None:
+        """Take note of the loss of the micro-batch under way, the first where there are several.
+
+        Args:
+            loss: What the backward pass begins from.
+            by_hand: Whether the step calls it itself, so that the graph may be kept for another.
+        """
         if self._batches and self._batches[-1].loss is None:
-            # of its graph nothing is held
-            self._batches[-1].loss = loss.detach()
+            # the step may count on it that its graph goes when it lets it go
+            self._batches[-1].loss = loss.detach() if by_hand else loss
 
     def losses(self) -> list[Tensor]:
         """The losses of the micro-batches that are kept."""

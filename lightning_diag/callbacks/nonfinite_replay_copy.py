@@ -125,10 +125,10 @@ def _free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     import psutil
 
-    free = psutil.virtual_memory().available
+    free = int(psutil.virtual_memory().available)
     limits = [file.read_text().strip() for file in _CONTAINER if file.exists()]
-    used = psutil.Process().memory_info().rss
-    return min([int(free), *(int(text) - used for text in limits if text.isdigit())])
+    used = int(psutil.Process().memory_info().rss)
+    return min([free, *(int(text) - used for text in limits if text.isdigit())])
 
 
 def _check_apart(module: LightningModule, copied: LightningModule) -> None:

@@ -60,7 +60,7 @@ def compare(
     Exits with 0, or with `--fail-on SEVERITY` with 3 where the gravest finding that is new or worse
     in B is a warning, and 4 where it is critical; 2 on wrong usage. A new finding that a finding of
     both runs explains does not count. A run B that failed or was stopped counts as critical, one
-    that has measured nothing as a warning, unless A was no better.
+    that has measured no gradient as a warning, unless A was no better.
     """
     with plain_errors(debug):
         if html == Path("-"):

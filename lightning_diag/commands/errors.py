@@ -1,6 +1,8 @@
 """Errors as a user of the command line reads them: one line, and a status for the shell."""
 
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,6 +39,10 @@ def plain_errors(debug: bool) -> Iterator[None]:
         if type(error).__name__ == "SIGTERMException":
             raise typer.Exit(128 + signal.SIGTERM) from error
         raise
+    except BrokenPipeError as error:
+        # who reads our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from error
     except Exception as error:
         if debug:
             raise

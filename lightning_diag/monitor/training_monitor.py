@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from lightning_diag.monitor.app import HOST, make_app
@@ -46,9 +47,14 @@ class TrainingMonitor:
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as place:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind((HOST, port))
+            # who asks as soon as the address is known waits rather than being refused
+            place.listen()
             announce(f"http://{HOST}:{place.getsockname()[1]}/")
-            config = uvicorn.Config(app, log_level="warning", access_log=False)
-            uvicorn.Server(config).run(sockets=[place])
+            config = uvicorn.Config(
+                app, log_level="warning", access_log=False, timeout_graceful_shutdown=1
+            )
+            with suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[place])
 
     def terminal(self, interval: float = 5.0) -> None:
         """Show the runs on the terminal, until all of them have ended or it is interrupted.
@@ -59,8 +65,6 @@ class TrainingMonitor:
         Raises:
             ValueError: `interval` is not positive.
         """
-        from contextlib import suppress
-
         from rich.console import Console
 
         from lightning_diag.monitor.terminal import show

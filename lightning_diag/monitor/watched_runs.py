@@ -135,7 +135,8 @@ class WatchedRuns:
         changed = [run.look() for run in self._picked(n for n in first if n < len(runs))]
         start, self._next = self._next, 0
         for number in range(start, len(runs)):
-            if not at_once and time.monotonic() > until:
+            # at least one, or a slow one before them would leave the others unread
+            if not at_once and number > start and time.monotonic() > until:
                 self._next = number
                 break
             changed.append(runs[number].look())

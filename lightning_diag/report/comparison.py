@@ -46,6 +46,7 @@ class Side:
         verdict: What `lightning-diag report` says of it.
         steps: The last step that any row of it has; None where it has no rows.
         stopped: Whether a diagnostic stopped it.
+        measured: How many steps there are at which a gradient was measured.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Side:
     verdict: Verdict
     steps: int | None
     stopped: bool = False
+    measured: int = 0
 
     @property
     def failed(self) -> bool:
@@ -111,7 +113,7 @@ class Comparison:
     def setback(self) -> str:
         """What is worse in the second run though no finding says so; empty where nothing is.
 
-        It failed, was stopped by a diagnostic or measured nothing, and the first one did not.
+        It failed, was stopped by a diagnostic or measured no gradient, unlike the first one.
         """
         return self._fallen[1]
 
@@ -122,9 +124,8 @@ class Comparison:
             return 2, "B failed, A did not."
         if after.stopped and not before.stopped:
             return 2, "A diagnostic stopped B, none stopped A."
-        nothing = "nothing measured"
-        if after.verdict.state == nothing and before.verdict.state != nothing:
-            return 1, "B has measured nothing, so that nothing can be said to be better or gone."
+        if after.verdict.state == "nothing measured" and before.measured:
+            return 1, "B has measured no gradient, so that little can be said to be gone."
         return 0, ""
 
     @property
@@ -211,7 +212,8 @@ def _names(before: "Run", after: "Run") -> tuple[str, str]:
 
 def _seen(name: str, run: "Run", findings: Sequence[Any]) -> Side:
     info = run.info
-    verdict = judge(findings, measured_steps(run.frame("grad")), info)
+    measured = measured_steps(run.frame("grad"))
+    verdict = judge(findings, measured, info)
     lasts = [run.frame(prefix)["step"].max() for prefix in run.prefixes]
     steps = [int(last) for last in lasts if isinstance(last, (int, float))]
     return Side(
@@ -222,6 +224,7 @@ def _seen(name: str, run: "Run", findings: Sequence[Any]) -> Side:
         verdict=verdict,
         steps=max(steps, default=None),
         stopped=isinstance(info.get("stop_reason"), Mapping),
+        measured=len(measured),
     )
 
 

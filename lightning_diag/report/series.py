@@ -198,7 +198,7 @@ def _panel(
     layers: list[Chart] = []
     if panel.others:
         pale = [row for name in panel.others for row in _rows(panel, name, len(panel.others))]
-        behind = alt.Chart({"values": pale}).mark_line(strokeWidth=1, opacity=0.45, color="#7b8794")
+        behind = alt.Chart({"values": pale}).mark_line(strokeWidth=1, opacity=0.6, color="#7b8794")
         layers.append(behind.encode(x=across, y=up, detail="segment:N", tooltip=["name:N", *tips]))
     layers.append(base.mark_line(point=alt.OverlayMarkDef(size=22) if few else False))
     for label, value in panel.rules.items():

@@ -18,6 +18,7 @@ from lightning_diag.report.norms import (
     norms_csv,
 )
 from lightning_diag.report.overhead import Overhead, overheads
+from lightning_diag.report.page_parts import writable
 from lightning_diag.report.section import Section
 from lightning_diag.report.sections import sections
 from lightning_diag.report.verdict import Verdict, judge
@@ -139,7 +140,7 @@ def recommendations(findings: list[Finding]) -> list[dict[str, Any]]:
 
 def _spec(chart: Chart) -> dict[str, Any]:
     # validating every point against the schema takes longer than drawing it
-    spec: dict[str, Any] = chart.to_dict(validate=False)
+    spec: dict[str, Any] = writable(chart.to_dict(validate=False))
     return spec
 
 

@@ -157,6 +157,8 @@ def _latest(cause: Finding, effect: Finding) -> int:
 def _earliest(cause: Finding) -> int:
     """The first step at which it may have begun: what is seldom measured is seen late."""
     step = _step(cause)
+    if cause.rule in _EXACT:
+        return step
     if step < _FROM_THE_START:
         return min(step, 0)
     if cause.began_after is not None:

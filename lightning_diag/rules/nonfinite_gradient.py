@@ -51,7 +51,7 @@ class NonfiniteGradient:
     family="gradients",
     needs=("grad", "nonfinite"),
     thresholds=NonfiniteGradient,
-    explains=("dead_component", "vanishing_gradient"),
+    explains=("nonfinite_loss", "dead_component", "vanishing_gradient"),
     reference="Micikevicius et al. 2018, Mixed precision training, section 3.2.",
     remedy=leave_half_precision,
 )

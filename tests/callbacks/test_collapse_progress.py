@@ -236,7 +236,7 @@ class KilledDelayed(Killed, Delayed):
 
 
 @pytest.mark.parametrize("kind", [Killed, KilledDelayed, CollapseStop])
-@pytest.mark.parametrize("killed", [14, 27])
+@pytest.mark.parametrize("killed", [14, 20, 27])
 @pytest.mark.parametrize("every", [7, 10])
 def test_a_resumed_run_has_no_gap_and_no_double(tmp_path, every, killed, kind):
     def go(path, *more, **options):
@@ -316,13 +316,10 @@ def numbers(step, loss=1.0, norm=2.0, **more):
 
 def seen(steps, loss=lambda step: 1.0):
     judge, progress = Judge(LIMITS), Progress()
-    found = []
     for step in steps:
         one = numbers(step, loss(step))
-        row = progress.see(one, judge.see(one), 0.1)
-        if row is not None:
-            found.append((row["first_step"], step, row["steps"]))
-    return found
+        progress.see(one, judge.see(one), 0.1)
+    return [(row["first_step"], step, row["steps"]) for step, row in progress.take()]
 
 
 def test_rows_become_longer_in_a_long_run():
@@ -342,16 +339,19 @@ def test_a_long_run_still_tells_of_a_break_at_once():
 
 
 def test_numbers_near_the_largest_there_are():
-    judge, progress, row = Judge(LIMITS), Progress(), None
+    judge, progress = Judge(LIMITS), Progress()
     for step in range(10):
         one = numbers(step, 1.7e308, 1e154)
-        row = progress.see(one, judge.see(one), 0.1) or row
+        progress.see(one, judge.see(one), 0.1)
+    ((_, row),) = progress.take()
     assert row["loss"] == pytest.approx(1.7e308)
     assert row["loss_std"] == pytest.approx(0, abs=1e295)
 
 
 def test_nothing_makes_no_row():
-    assert Progress().row({}) is None
+    progress = Progress()
+    progress.end()
+    assert progress.take() == []
 
 
 @pytest.mark.parametrize(

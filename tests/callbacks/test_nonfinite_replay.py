@@ -525,7 +525,7 @@ def test_the_graph_of_a_loss_is_not_held():
     replay = NonfiniteReplay()
     replay.begin(0, None, 0, torch.device("cpu"))
     loss = torch.ones((), requires_grad=True) * 2
-    replay.saw_loss(loss)
+    replay.saw_loss(loss, by_hand=True)
     assert replay.losses()[0].grad_fn is None
 
 

@@ -189,11 +189,11 @@ def test_many_runs_are_read_bit_by_bit(folders, monkeypatch):
     monkeypatch.setattr("lightning_diag.monitor.watched_runs._READING", -1.0)
     first = runs.state([4])
     assert first["behind"]
-    # the one that is looked at comes first, though it was not known before
-    assert [one["summary"]["step"] for one in first["runs"]] == [None] * 6
+    # the one that is looked at comes first, then the others in their order
+    assert [one["summary"]["step"] for one in first["runs"]] == [49, None, None, None, 49, None]
+    assert first["runs"][4]["charts"]
     second = runs.state([4])
-    assert second["runs"][4]["summary"]["step"] == 49
-    assert second["runs"][4]["charts"]
+    assert [one["summary"]["step"] for one in second["runs"]] == [49, 49, None, None, 49, None]
     monkeypatch.setattr("lightning_diag.monitor.watched_runs._READING", 10.0)
     last = runs.state([4])
     assert not last["behind"]

@@ -16,6 +16,8 @@ from lightning_diag.report.comparison_findings import FindingChange, compared_fi
 from lightning_diag.report.comparison_metrics import LOSS, MetricChange
 from lightning_diag.report.comparison_page import comparison_page
 from lightning_diag.report.comparison_text import print_comparison
+from lightning_diag.report.page_parts import drawn, writable
+from lightning_diag.report.series import Panel, line_chart
 from lightning_diag.rules import Finding
 
 TOP = (
@@ -190,7 +192,7 @@ STOPPED = {"status": "stopped", "stop_reason": {"rule": "collapse", "message": "
     [
         ({"status": "finished"}, 30, (0, 0, 0), ""),
         ({"status": "running"}, 3, (0, 0, 0), ""),
-        ({"status": "finished"}, 0, (0, 3, 0), "B has measured nothing, so that nothing can be"),
+        ({"status": "finished"}, 0, (0, 3, 0), "B has measured no gradient, so that little can"),
         ({"status": "failed"}, 30, (0, 4, 4), "B failed, A did not."),
         ({"status": "failed"}, 0, (0, 4, 4), "B failed, A did not."),
         (STOPPED, 30, (0, 4, 4), "A diagnostic stopped B, none stopped A."),
@@ -203,6 +205,10 @@ def test_a_run_that_cannot_be_judged_passes_no_gate(tmp_path, info, length, stat
     assert tuple(found.exit_code(one) for one in (None, "warning", "critical")) == statuses
     assert found.setback.startswith(said)
     assert found.headline.endswith(found.setback)
+    # where the first run has measured none either, that is no news
+    bare = write(tmp_path / "bare", metrics=losses([3.0, 1.0]), info={"status": "finished"})
+    spiked = write(tmp_path / "spiked", metrics=losses([3.0, 9e9]), info={"status": "finished"})
+    assert compare(spiked, bare).exit_code("warning") == 0
     for pair in ((other, other), (other, well)):
         assert compare(*pair).exit_code("warning") == 0
 
@@ -474,3 +480,12 @@ def test_hostile_names_are_names_in_text_and_page(tmp_path):
     assert "[red]\\{{7*7}}${oc.env:HOME}" in text
     assert "\x1b[31m.x[0]" not in text
     assert not re.search(r"^\s*\?\[31m", text, re.MULTILINE)
+
+
+def test_a_chart_with_control_characters_is_drawn():
+    found = writable({"a\x00": ["b\x1b", 1, None, {"c": "two\nlines é"}]})
+    assert found == {"a?": ["b?", 1, None, {"c": "two\nlines é"}]}
+    chart = line_chart("T", [Panel("y", {"A\x1b": [(1, 2.0), (2, 3.0)]})], said=["x\x07"])
+    spec, picture = drawn(chart)
+    assert "\x1b" not in json.dumps(spec, ensure_ascii=False)
+    assert picture.startswith(b"\x89PNG")

@@ -209,7 +209,7 @@
   });
 
   function figure(id, key) {
-    const made = element("figure", { id }, element("figcaption", {}, element("strong"), element("span")),
+    const made = element("figure", { id }, element("figcaption", {}, element("small"), element("strong"), element("span")),
       element("div", { class: "chart", role: "img", "aria-label": `${key}, not drawn yet` }));
     observer.observe(made);
     sizes.observe(made);
@@ -222,7 +222,9 @@
     made.querySelector("strong").textContent = said.text;
     made.querySelector("span").textContent = [said.subtitle || []].flat().join(" ");
     const place = made.querySelector(".chart");
-    place.setAttribute("aria-label", spec.description || said.text);
+    const of = made.querySelector("small").textContent;
+    const words = (spec.description || said.text).slice(0, 2000);
+    place.setAttribute("aria-label", of ? `${of}: ${words}` : words);
     const config = structuredClone(theme[dark.matches ? "dark" : "light"]);
     const wide = Math.max(180, place.clientWidth - 96);
     size(drawn, wide);
@@ -284,7 +286,7 @@
     return [...all, ...order.flatMap((name) => shownRuns.map((number, place) => ({
       id: place ? `chart-${name}-${place}` : `chart-${name}`, key: name.replaceAll("_", " "),
       home: "charts", path: `/api/chart/${number}/${name}`, version: state.runs[number].charts[name] || 0,
-      of: shownRuns.length > 1 ? state.runs[number].summary.name : "",
+      of: shownRuns.length > 1 ? `run ${clipped(state.runs[number].summary.name)}` : "",
     })))];
   }
 
@@ -294,7 +296,7 @@
       const wanted = new Set(own.map((one) => one.id));
       for (const made of [...get(home).children]) if (!wanted.has(made.id)) drop(made);
       arrange(get(home), own.map((one) => [one.id, () => figure(one.id, one.key)]));
-      for (const one of own) get(one.id).dataset.of = clipped(one.of || "");
+      for (const one of own) write(get(one.id).querySelector("small"), one.of || "");
     }
     get("charts").className = columns().length > 1 ? "beside" : "";
     get("charts").style.setProperty("--beside", columns().length);
