@@ -23,6 +23,7 @@ from lightning_diag.monitor.watched_runs import WatchedRuns
 GOAL_MS, GOAL_SWEEP_S = 200.0, 1.0
 PARTS = ("embedding", "encoder", "decoder", "head")
 EVERY = 10
+REST = 5.0  # seconds, the page's own interval
 
 
 def rows_of(step: int) -> dict[str, list[dict[str, object]]]:
@@ -83,6 +84,8 @@ def long_run(folder: Path, rows: int, rounds: int) -> tuple[list[float], dict[st
     drawn: dict[str, list[float]] = {}
     for number in range(rounds):
         make_run(folder, measurements + number, 1, "running")
+        # the rules rest for a while after a look
+        time.sleep(REST)
         looks.append(1000 * seconds(runs.state))
         for name in CHARTS:
             if name in runs.runs[0].versions:

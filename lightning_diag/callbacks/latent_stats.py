@@ -306,7 +306,8 @@ class LatentStats(Diagnostic):
         side = min(features, sampled)
         found = spectrum(gram.view(side, side), values[COLUMNS.index("second_moment")])
         ratio = relative_std(values[COLUMNS.index("std_mean")], features)
-        numbers = torch.stack([*values, *(x.to(values) for x in found), ratio]).tolist()
+        beside = [*(x.to(values) for x in found), ratio, *given]
+        *numbers, width, cosine = torch.stack([*values, *beside]).tolist()
         named = dict(zip((*COLUMNS, *found._fields, "std_ratio"), numbers, strict=True))
         limit = min(features, sampled - 1)
         row: Row = {
@@ -318,9 +319,9 @@ class LatentStats(Diagnostic):
         }
         rank = row["effective_rank"]
         row["rank_share"] = rank / limit if isinstance(rank, float) and limit else None
-        if isfinite(given[0]):
-            row["output_features"] = int(given[0])
-            row["output_cosine"] = _number(float(given[1]))
+        if isfinite(width):
+            row["output_features"] = int(width)
+            row["output_cosine"] = _number(cosine)
         self.report(trainer, [row], step=seen.step)
 
 

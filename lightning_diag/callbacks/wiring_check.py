@@ -341,6 +341,9 @@ class WiringCheck(Diagnostic):
         if forward.cuts.ran:
             self._cuts = forward.cuts
         book = self._book(trainer)
+        if book.by_id.keys() != {id(parameter) for parameter in pl_module.parameters()}:
+            # a layer was replaced since the last look
+            book = self._known_book = Book(self.parts(trainer, anew=True), trainer.optimizers)
         if automatic:
             look.add("loss", _loss_of(outputs))
         entries = [

@@ -43,6 +43,7 @@ class SilentParameters:
         self.steps: dict[int, int] = {}
         self._silent: dict[int, list[_Silent]] = {}
         self._known: dict[int, set[int]] = {}
+        self._taught: set[int] = set()
         self._resumed: dict[int, dict[str, int]] = {}
 
     def step(
@@ -65,6 +66,8 @@ class SilentParameters:
         self.steps[index] = watched + 1
         still = [one for one in silent if one.subject.parameter.grad is None]
         if len(still) < len(silent):
+            left = {id(one) for one in still}
+            self._taught |= {id(x.subject.parameter) for x in silent if id(x) not in left}
             self._silent[index] = still
 
     def found(self) -> list[tuple[Subject, int]]:
@@ -73,7 +76,10 @@ class SilentParameters:
             (one.subject, self.steps.get(index, 0) - one.born)
             for index, silent in self._silent.items()
             for one in silent
-            if one.subject.parameter.requires_grad and one.subject.parameter.numel()
+            if one.subject.parameter.requires_grad
+            and one.subject.parameter.numel()
+            # another optimizer may hold it as well, and have its gradient
+            and id(one.subject.parameter) not in self._taught
         ]
 
     @property

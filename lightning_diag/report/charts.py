@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.report.flow_data import HEALTHY, SILENT, FlowData, flow_data
+from lightning_diag.report.series import with_data
 from lightning_diag.report.theme import DASHES, WARNING, chart_config
 from lightning_diag.report.training_data import Curve, training_data
 from lightning_diag.rules.finding import Finding
@@ -67,9 +68,9 @@ def gradient_flow(
         height=height,
         title=alt.Title(title, subtitle=[*said, *data.said]),
         description=data.described,
-        datasets={"lines": data.points, "marks": data.marks},
     )
-    return chart.configure(**chart_config())
+    datasets = {"lines": data.points, "marks": data.marks}
+    return with_data(chart.configure(**chart_config()), datasets)
 
 
 def _step_axis(steps: list[int]) -> "alt.X":
@@ -216,11 +217,11 @@ def training(run: "Run", *, width: int = 820, height: int = 240) -> Chart:
     chart = alt.vconcat(*panels, spacing=18).resolve_scale(
         color="independent", strokeDash="independent"
     )
-    return chart.properties(
+    chart = chart.properties(
         title=alt.Title(title, subtitle=data.said) if data.said else alt.Title(title),
         description=data.described,
-        datasets=datasets,
     ).configure(**chart_config())
+    return with_data(chart, datasets)
 
 
 def _watched(loss: "pl.DataFrame", metrics: "pl.DataFrame") -> "pl.DataFrame":

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     import altair as alt
     import polars as pl
 
-__all__ = ["Panel", "line_chart", "points_by"]
+__all__ = ["Panel", "line_chart", "points_by", "with_data"]
 
 Chart = Any
 """An Altair chart; the annotations of Altair itself do not fit one another."""
 
 Points = Sequence[tuple[float, float | None]]
+Rows = list[dict[str, Any]]
 
 _POINTS = 2000
 _MOST = 10
@@ -99,6 +100,7 @@ def line_chart(
     import altair as alt
 
     drawn, notes, words, legends = [], list(said), [], []
+    datasets: dict[str, Rows] = {}
     panels = [panel for panel in panels if panel.empty or _finite(panel)]
     if not any(_finite(panel) for panel in panels):
         return _nothing(title)
@@ -110,7 +112,7 @@ def line_chart(
         if 0 < len(names) < len(panel.series):
             notes.append(f"{called}: {len(names)} of {len(panel.series)} are drawn.")
         lowest = number >= len(panels) - columns
-        drawn.append(_panel(panel, names, edges, x if lowest else None, width))
+        drawn.append(_panel(panel, names, edges, x if lowest else None, width, datasets))
         legends.append(names)
         words += [f"{called}: {_described(name, panel.series[name])}" for name in names]
     alike: Literal["shared", "independent"] = (
@@ -121,7 +123,7 @@ def line_chart(
         if columns == 1
         else alt.concat(*drawn, columns=columns, spacing=24)
     )
-    return (
+    chart = (
         chart.resolve_scale(color=alike, strokeDash=alike)
         .properties(
             title=alt.Title(title, subtitle=notes) if notes else alt.Title(title),
@@ -129,6 +131,19 @@ def line_chart(
         )
         .configure(**chart_config())
     )
+    return with_data(chart, datasets)
+
+
+def with_data(chart: Chart, datasets: Mapping[str, Rows]) -> Chart:
+    """A chart with the data sets that its layers name.
+
+    Args:
+        chart: An Altair chart that is made but for its data.
+        datasets: Name to rows.
+    """
+    # as an argument, every point would be copied and checked several times
+    chart["datasets"] = dict(datasets)
+    return chart
 
 
 def _usable(panel: Panel, value: float | None) -> bool:
@@ -161,9 +176,19 @@ def _largest(panel: Panel) -> list[str]:
 
 
 def _panel(
-    panel: Panel, names: list[str], edges: tuple[float, float], x: str | None, width: int
+    panel: Panel,
+    names: list[str],
+    edges: tuple[float, float],
+    x: str | None,
+    width: int,
+    datasets: dict[str, Rows],
 ) -> Chart:
     import altair as alt
+
+    def named(rows: Rows) -> Chart:
+        name = f"series {len(datasets) + 1}"
+        datasets[name] = rows
+        return alt.Chart({"name": name})
 
     size: dict[str, Any] = {"width": width, "height": panel.height}
     if panel.title:
@@ -184,7 +209,7 @@ def _panel(
         else alt.Legend(title=None, symbolType="stroke")
     )
     dashes = [list(DASHES[index // 5 % len(DASHES)]) for index in range(len(names))]
-    base = alt.Chart({"values": rows}).encode(
+    base = named(rows).encode(
         x=across,
         y=up,
         detail="segment:N",
@@ -198,7 +223,7 @@ def _panel(
     layers: list[Chart] = []
     if panel.others:
         pale = [row for name in panel.others for row in _rows(panel, name, len(panel.others))]
-        behind = alt.Chart({"values": pale}).mark_line(strokeWidth=1, opacity=0.6, color="#7b8794")
+        behind = named(pale).mark_line(strokeWidth=1, opacity=0.6, color="#7b8794")
         layers.append(behind.encode(x=across, y=up, detail="segment:N", tooltip=["name:N", *tips]))
     layers.append(base.mark_line(point=alt.OverlayMarkDef(size=22) if few else False))
     for label, value in panel.rules.items():

@@ -28,6 +28,7 @@ _EVERYWHERE = ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
 _SPREADING = ("dead_relu", "saturated_activation", "input_scale")
 _EITHER_WAY = (("unused_parameter", "dead_component"), ("dead_component", "unused_parameter"))
 _EXACT = ("nonfinite_gradient", "nonfinite_loss")  # told to the step
+_WHOLE_RUN = ("not_learning", "slow_convergence")
 _WINDOWS = ("loss.jsonl", "metrics.jsonl")
 _WINDOW_STEPS = 10
 _FROM_THE_START = 20  # steps: what is seen first that early has been so from the start
@@ -150,6 +151,9 @@ def _step(finding: Finding) -> int:
 
 def _latest(cause: Finding, effect: Finding) -> int:
     """The last step at which an effect may have begun: losses are told by the ten steps."""
+    if effect.rule in _WHOLE_RUN and effect.last_step is not None:
+        # it is said of the run as a whole: what shows within its first quarter may be why
+        return _step(effect) + (effect.last_step - _step(effect)) // 4
     windows = effect.evidence.file.endswith(_WINDOWS) and cause.rule != "nonfinite_loss"
     return _step(effect) + (_WINDOW_STEPS if windows else 0)
 

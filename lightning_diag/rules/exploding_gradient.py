@@ -96,6 +96,9 @@ def exploding_gradient(
     if between is not None:
         clips = any(one.numbers("clip_value")[0] > 0 for one in whole if one.steps)
         return [_finding(between, parts, windows, thresholds, clips=clips, file=LOSS_FILE)]
+    broken = _before_a_break(loss, thresholds)
+    if broken is not None:
+        return [broken]
     return [one for trace in whole for one in _steadily_large(trace, thresholds)]
 
 
@@ -113,6 +116,42 @@ def _windows(loss: "pl.DataFrame") -> Trace:
     whole = [pl.lit(0.0).alias("zeros"), pl.lit(1.0).alias("count"), pl.lit(0.0).alias("nonfinite")]
     names = [pl.col("first_step").alias("step"), pl.col("gradient_norm").alias("l2")]
     return Trace(None, kept.select(*names, *whole).drop_nulls().sort("step"))
+
+
+def _before_a_break(loss: "pl.DataFrame", t: ExplodingGradient) -> Finding | None:
+    """A norm out of all proportion right before the first step that was not finite."""
+    names = ("step", "first_step", "gradient_norm", "gradient_norm_max", "nonfinite", "skipped")
+    if not {*names, "gradient_nonfinite"} <= set(loss.columns):
+        return None
+    usual: list[float] = []
+    for row in loss.sort("step").to_dicts():
+        norm, peak = row["gradient_norm"], row["gradient_norm_max"]
+        if (row["nonfinite"] or row["gradient_nonfinite"]) and not row["skipped"]:
+            typical = median(usual) if usual else t.max_l2
+            if peak is None or peak <= max(t.growth * t.max_l2, t.growth * typical):
+                return None
+            first = row.get("first_nonfinite")
+            step = max(row["first_step"], (row["step"] if first is None else int(first)) - 1)
+            return Finding(
+                rule="exploding_gradient",
+                severity="critical",
+                first_step=step,
+                last_step=int(row["step"]),
+                observed=peak,
+                threshold=t.growth * t.max_l2,
+                unit="l2 norm before clipping",
+                evidence=Evidence(LOSS_FILE, (int(row["step"]),)),
+                message=(
+                    f"The gradient norm of the whole model was {peak:.3g} right before NaN or "
+                    f"infinity appeared, at about step {step}: the step that it made was far too "
+                    "large."
+                ),
+                suggestion=_SUGGESTION,
+                confidence=0.7,
+            )
+        if norm is not None:
+            usual.append(norm)
+    return None
 
 
 def _norms(trace: Trace) -> tuple[list[int], list[float]]:

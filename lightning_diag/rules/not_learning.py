@@ -63,11 +63,7 @@ class SlowConvergence:
     family="losses",
     needs=("loss", "metrics", "grad", "collapse"),
     thresholds=NotLearning,
-    explains=(
-        "constant_prediction",
-        "attention_uniform",
-        "representation_collapse",
-    ),
+    explains=("constant_prediction", "attention_uniform"),
     reference="Karpathy 2019, A recipe for training neural networks; SageMaker Debugger's "
     "LossNotDecreasing.",
 )
@@ -161,7 +157,7 @@ def _is_flat(losses: Losses, fall: float, error: float, scale: float, t: NotLear
     means = losses.means
     smooth = [median(means[i : i + 3]) for i in range(len(means) - 2)]
     dip = means[0] - min(smooth)
-    if dip > max(0.15 * scale, 3 * fall, 8 * error):
+    if dip > max(0.15 * scale, 3 * fall, min(8 * error, 0.5 * scale)):
         return False  # it had learned something
     if fall < t.nothing * scale or (fall < t.hardly * scale and fall < t.sigmas * error):
         return True

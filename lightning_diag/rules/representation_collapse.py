@@ -45,7 +45,7 @@ class RepresentationCollapse:
     family="outputs",
     needs=("latent", "loss", "metrics", "wiring"),
     thresholds=RepresentationCollapse,
-    explains=("attention_uniform", *STANDSTILL),
+    explains=("divergence", "loss_spike", "attention_uniform", *STANDSTILL),
     reference="Chen & He 2021, SimSiam, figure 2: the deviation of unit vectors; Jing et al. 2022, "
     "dimensional collapse.",
 )

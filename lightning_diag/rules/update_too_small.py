@@ -28,6 +28,7 @@ class UpdateTooSmall:
     """Thresholds of `update_too_small`."""
 
     min_ratio: float = field(default=1e-6, metadata={"unit": "update over weight"})
+    others_ratio: float = field(default=1e-3, metadata={"unit": "update over weight of others"})
     ever_ratio: float = field(default=1e-3, metadata={"unit": "update over weight"})
     rate_share: float = field(default=0.2, metadata={"unit": "share of the highest rate"})
     unchanged: float = field(default=0.9, metadata={"unit": "share of elements"})
@@ -46,7 +47,13 @@ class UpdateTooSmall:
     family="updates",
     needs=("update", "grad", "loss", "metrics"),
     thresholds=UpdateTooSmall,
-    explains=("frozen_weights", "not_learning", "slow_convergence", "loss_plateau"),
+    explains=(
+        "constant_prediction",
+        "frozen_weights",
+        "not_learning",
+        "slow_convergence",
+        "loss_plateau",
+    ),
     reference="SageMaker Debugger's WeightUpdateRatio warns below 1e-8; about 1e-3 is usual. "
     "Rounding: Gupta et al. 2015, Deep learning with limited numerical precision, section 4.",
     remedy=raise_rate,
@@ -82,8 +89,17 @@ def update_too_small(
         if len(those) > 1 and len(those) > thresholds.most * len(traces):
             found.append(_finding(kind, those, None, learned, thresholds))
         else:
-            found += [_finding(kind, [one], one[0].component, learned, thresholds) for one in those]
+            for one in those:
+                # what the others have learned is no excuse for a part that they leave behind
+                alone = kind == "tiny" and _left_behind(one[0], traces, thresholds)
+                excused = learned and not alone
+                found.append(_finding(kind, [one], one[0].component, excused, thresholds))
     return found
+
+
+def _left_behind(trace: Updates, traces: list[Updates], t: UpdateTooSmall) -> bool:
+    others = [middle(one.ratios) for one in traces if one is not trace]
+    return any(ratio > t.others_ratio for ratio in others)
 
 
 def _judge(trace: Updates, gradient: Trace | None, t: UpdateTooSmall) -> tuple[list[int], str]:

@@ -66,6 +66,7 @@ class InputScale:
     """Thresholds of `input_scale`."""
 
     max_rms: float = field(default=50.0, metadata={"unit": "root mean square of the input"})
+    min_size: float = field(default=0.02, metadata={"unit": "largest element of the input"})
     max_shift: float = field(default=10.0, metadata={"unit": "standard deviations of its mean"})
     min_looks: float = field(default=2, metadata={"unit": "looks"})
 
@@ -76,6 +77,7 @@ class InputScale:
     needs="wiring",
     thresholds=InputScale,
     explains=(
+        *("dead_component", "unused_parameter", "representation_collapse", "vanishing_gradient"),
         "constant_prediction",
         *TURMOIL,
         *STANDSTILL,
@@ -106,9 +108,28 @@ def input_scale(wiring: "pl.DataFrame", thresholds: InputScale) -> list[Finding]
         elif lasting:
             before = rows[len(rows) - len(lasting) - 1]
             found.append(_large(Fault(lasting, int(str(before["step"]))), thresholds))
+        elif all(0 < _number(row, "abs_max") < thresholds.min_size for row in rows[-3:]) and (
+            len(rows) >= thresholds.min_looks
+        ):
+            found.append(_small(Fault(rows), thresholds))
         elif len(shifted) >= thresholds.min_looks and 2 * len(shifted) > len(rows):
             found.append(_far(Fault(shifted), thresholds))
     return found
+
+
+def _small(fault: Fault, t: InputScale) -> Finding:
+    normalized = bool(fault.last.get("normalized"))
+    return fault.finding(
+        "info" if normalized else "warning",
+        f"What enters {fault.names} is tiny: its largest element is "
+        f"{fault.number('abs_max'):.3g}. Weights are initialised for input of about 1.",
+        "See whether the data are scaled twice (pixels divided by 255 two times); standardise "
+        "features to mean 0 and deviation 1 with statistics of the training set.",
+        observed=fault.number("abs_max"),
+        threshold=t.min_size,
+        unit="largest element of the input",
+        confidence=0.7,
+    )
 
 
 def _lasting(rows: list[dict[str, object]], t: InputScale) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """Losses that are fed what they are not made for."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
 from lightning_diag.rules.finding import Finding, Severity
@@ -202,14 +202,14 @@ def wrong_reduction(wiring: "pl.DataFrame", thresholds: WrongReduction) -> list[
 
 
 def _steady(wiring: "pl.DataFrame", check: str) -> list[Fault]:
-    """Faults that were seen at every look at which their function was called."""
+    """Faults that were seen at every look at which their function was called, up to the last."""
     rows = checked(wiring, check)
-
-    def calls(fault: Fault) -> list[dict[str, Any]]:
-        return [row for row in rows if row.get("at") == fault.last.get("at")]
-
-    return [
-        fault
-        for fault in faults(wiring, check)
-        if all(row["state"] == "wrong" for row in calls(fault))
-    ]
+    found = []
+    for fault in faults(wiring, check):
+        calls = [row for row in rows if row.get("at") == fault.last.get("at")]
+        well = [int(row["step"]) for row in calls if row["state"] != "wrong"]
+        since = [row for row in fault.rows if not well or int(row["step"]) > well[-1]]
+        # now and then it may be meant so, as where a batch is made up of parts
+        if since and len(well) <= len(calls) - len(since):
+            found.append(Fault(since, well[-1] if well else None))
+    return found

@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_diag.rules.consequences import STANDSTILL
-from lightning_diag.rules.finding import Finding, Severity
+from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import raise_rate
+from lightning_diag.rules.traces import evidence_steps
+from lightning_diag.rules.update_traces import UPDATE_FILE
 from lightning_diag.rules.wiring_rows import Fault, faults
 
 if TYPE_CHECKING:
@@ -128,30 +130,36 @@ class FrozenWeights:
     """Thresholds of `frozen_weights`."""
 
     min_steps: float = field(default=100, metadata={"unit": "steps between the looks"})
+    noted_share: float = field(default=0.01, metadata={"unit": "share of all parameters"})
+    min_rows: float = field(default=5, metadata={"unit": "rows of updates"})
 
 
 @rule(
     "frozen_weights",
     family="wiring",
-    needs="wiring",
+    needs=("wiring", "update"),
     thresholds=FrozenWeights,
     explains=STANDSTILL,
     reference="A step must move what it has a gradient for; Micikevicius et al. 2018, section 3.1.",
     remedy=raise_rate,
 )
-def frozen_weights(wiring: "pl.DataFrame", thresholds: FrozenWeights) -> list[Finding]:
+def frozen_weights(
+    wiring: "pl.DataFrame", update: "pl.DataFrame", thresholds: FrozenWeights
+) -> list[Finding]:
     """Parameters that get a gradient, are in an optimizer, and have not moved since the start.
 
     A warm-up that starts at zero moves nothing for a while: looks close to the start do not count.
+    A small rest of a part is only noted: the gradient of a bias that cancels out is rounding alone.
     """
     found = []
     for fault in faults(wiring, "frozen_weights"):
         steps = int(fault.last["step"])
         if steps < thresholds.min_steps:
             continue
+        rest = fault.share < thresholds.noted_share and fault.number("component_share") < 1
         found.append(
             fault.finding(
-                "warning",
+                "info" if rest else "warning",
                 f"{_count(fault)} ({fault.names}) get a gradient and are in an optimizer, and have "
                 f"the same values at step {steps} as at the start. They learn nothing.",
                 "See whether their learning rate is zero, whether something puts them back after "
@@ -159,6 +167,51 @@ def frozen_weights(wiring: "pl.DataFrame", thresholds: FrozenWeights) -> list[Fi
                 observed=float(steps),
                 threshold=thresholds.min_steps,
                 unit="steps without a change",
+            )
+        )
+    return found or _put_back(update, thresholds)
+
+
+def _put_back(update: "pl.DataFrame", t: FrozenWeights) -> list[Finding]:
+    """Parts that every step moves, and that have the same norm, to the last bit, before each."""
+    import polars as pl
+
+    columns = {"step", "component", "weight_l2", "update_l2"}
+    if not columns <= set(update.columns):
+        return []
+    known = update.select(*columns).drop_nulls().filter(pl.col("weight_l2") > 0)
+    found = []
+    for part in known.sort("step").partition_by("component", maintain_order=True):
+        steps, norms = part["step"].to_list(), part["weight_l2"].to_list()
+        moved = part["update_l2"].to_list()
+        since = len(norms) - 1
+        while since > 0 and norms[since - 1] == norms[-1] and moved[since - 1] > 0:
+            since -= 1
+        if len(norms) - since < t.min_rows or not moved[-1] > 0:
+            continue
+        name = str(part["component"][0])
+        found.append(
+            Finding(
+                rule="frozen_weights",
+                severity="warning",
+                component=name,
+                first_step=int(steps[since]),
+                last_step=int(steps[-1]),
+                observed=float(len(norms) - since),
+                threshold=t.min_rows,
+                unit="measured steps that moved it, and left it where it was",
+                evidence=Evidence(UPDATE_FILE, evidence_steps(steps[since:])),
+                message=(
+                    f"Each step moves `{name}`, and before the next it has the same norm again, "
+                    f"to the last bit, since step {steps[since]}: something puts its weights back. "
+                    "It learns nothing."
+                ),
+                suggestion=(
+                    "Look for what writes into these weights between the steps: averaged weights "
+                    "that are copied back, a checkpoint or state that is loaded again and again, a "
+                    "clamp or re-initialisation in a hook."
+                ),
+                confidence=0.9,
             )
         )
     return found
