@@ -238,7 +238,7 @@ def _between_layers(trace: Trace, t: VanishingGradient) -> Finding | None:
         evidence=Evidence(GRAD_FILE, evidence_steps(step for step, *_ in rows)),
         message=(
             f"The gradient fades on its way through the model: one weight matrix{where} gets a "
-            f"norm of {typical:.1e}, {times:,.0f} times below the largest. The layers around it "
+            f"norm of {typical:.1e}, {times:.2g} times below the largest. The layers around it "
             "learn next to nothing."
         ),
         suggestion=_SUGGESTION,

@@ -190,7 +190,7 @@ def test_runs_that_are_ticked_are_shown_beside_the_chosen_one(folders, serve, br
     assert left.bounding_box()["y"] == right.bounding_box()["y"]
     assert left.bounding_box()["x"] < right.bounding_box()["x"]
     assert [one.locator("small").inner_text() for one in (left, right)] == ["run 0", "run 2"]
-    assert right.get_by_role("img").get_attribute("aria-label").startswith("run 2: ")
+    assert right.locator(".chart").get_attribute("aria-label").startswith("run 2: ")
     assert page.get_by_role("checkbox", name="compare 0").is_disabled()
     box.focus()
     page.keyboard.press("Space")

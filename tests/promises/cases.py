@@ -26,6 +26,8 @@ def _lr_cache(every_n_steps: object = None, **arguments: object) -> LRCache:
     return LRCache(**options, optimizer=0, **arguments)
 
 
+# rules that judge the machine see other numbers each time
+_NOT_THE_MACHINE = {"input_bound": {"min_wait": 1e9}, "memory_growth": {"min_growth": 1e9}}
 _PAIR = ["net.body.0.weight", "net.body.3.weight"]
 
 DIAGNOSTICS = {
@@ -41,7 +43,7 @@ DIAGNOSTICS = {
     "blob_metrics": partial(BlobMetrics, {"body": _PAIR}, every_n_epochs=None, results=False),
     "hardware_monitor": HardwareMonitor,
     "lr_cache": _lr_cache,
-    "health_alerts": partial(HealthAlerts, console=False),
+    "health_alerts": partial(HealthAlerts, console=False, thresholds=_NOT_THE_MACHINE),
 }
 CASES = [*DIAGNOSTICS, "all"]
 CLASSES = {type(make(every_n_steps=2)): name for name, make in reversed(DIAGNOSTICS.items())}
