@@ -264,11 +264,23 @@ SCRIPT = """
   const dark = window.matchMedia("(prefers-color-scheme: dark)");
   const views = new Map();
   let drawn = 0;
+  function size(spec, wide) {
+    if (!spec.concat) {
+      for (const panel of spec.vconcat || [spec]) panel.width = wide;
+      return;
+    }
+    spec.columns = wide < 520 ? 1 : Math.min(spec.columns || 1, spec.concat.length);
+    const each = (wide - 90 * (spec.columns - 1)) / spec.columns;
+    for (const panel of spec.concat) {
+      panel.width = each;
+      if (panel.title && panel.title.limit) panel.title.limit = each;
+    }
+  }
   function draw(place) {
     const spec = read("spec-" + place.dataset.chart);
     const config = read(dark.matches ? "dark" : "light");
     const wide = Math.max(180, place.clientWidth - 96);
-    for (const panel of spec.vconcat || [spec]) panel.width = wide;
+    size(spec, wide);
     config.legend.columns = Math.max(1, Math.floor(wide / 200));
     if (wide < 460) config.legend.layout = { bottom: { direction: "vertical" } };
     const frame = document.createElement("div");

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.loss_series import (
     Losses,
+    at_most,
     by_fives,
     has_several_optimizers,
     standard_error,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["LossPlateau", "loss_plateau"]
 
 _BEFORE = 6
+
+_MOST_WINDOWS = 1000
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def loss_plateau(
     """
     t = thresholds
     series = training_losses(loss, metrics)
-    losses = by_fives(series.finite()) if series else None
+    losses = at_most(by_fives(series.finite()), _MOST_WINDOWS) if series else None
     if losses is None or len(losses.means) < t.min_windows or min(losses.means) <= 0:
         return []
     stop = _broken_off(losses, t) or _long_flat(losses, t)

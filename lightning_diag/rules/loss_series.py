@@ -13,6 +13,7 @@ __all__ = [
     "LOSS_FILE",
     "METRICS_FILE",
     "Losses",
+    "at_most",
     "by_fives",
     "first_loss",
     "has_several_optimizers",
@@ -141,6 +142,16 @@ def by_fives(losses: Losses) -> Losses:
     size = min(5, len(losses.means) // 8)
     if size < 2 or max(losses.counts) > 1:
         return losses
+    return _merged(losses, size)
+
+
+def at_most(losses: Losses, count: int) -> Losses:
+    """Wider windows, so that there are no more than `count`: what is asked of each costs time."""
+    size = -(-len(losses.means) // count)
+    return losses if size < 2 else _merged(losses, size)
+
+
+def _merged(losses: Losses, size: int) -> Losses:
     starts = range(len(losses.means) % size, len(losses.means), size)
     windows = [losses.part(start, start + size) for start in starts]
     return Losses(
@@ -150,7 +161,7 @@ def by_fives(losses: Losses) -> Losses:
         lows=[min(one.lows) for one in windows],
         highs=[max(one.highs) for one in windows],
         stds=[pstdev(one.means) for one in windows],
-        counts=[size] * len(windows),
+        counts=[sum(one.counts) for one in windows],
         rates=[one.rates[-1] for one in windows],
         norms=[one.norms[-1] for one in windows],
         file=losses.file,

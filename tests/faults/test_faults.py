@@ -6,8 +6,19 @@ from lightning_diag.rules import RULES
 from tests.faults.case import CASES, all_cases
 from tests.faults.trial import attempt
 
-FAULTY = ("sgd_rate_ten_times_too_large",)
-HEALTHY = ("mlp_adam",)
+FAULTY = (
+    *("sgd_rate_ten_times_too_large", "adam_rate_hundred_times_mlp", "ten_sigmoid_layers"),
+    *("logarithm_of_zero_at_the_start", "distance_of_a_sample_to_itself_in_mid_run"),
+    *("cosine_of_ten_epochs_made_every_step", "adamw_rate_too_small_transformer"),
+    *("mlp_relu_shifted_start", "gate_closes_in_mid_run", "towers_without_negatives"),
+    *("transformer_mask_leaves_the_first_key", "mlp_softmax_before_cross_entropy"),
+    *("gru_optimizer_has_a_copy", "cnn_features_detached_from_120", "mlp_manual_without_zero_grad"),
+    *("cnn_pictures_from_0_to_255", "mlp_missing_values_are_nan", "wide_network_on_few_samples"),
+)
+HEALTHY = (
+    *("mlp_adam", "mean_teacher", "distillation", "weight_norm", "second_loss_starts_late"),
+    *("straight_through_codes", "values_from_a_slow_copy", "triplets_without_loss"),
+)
 
 all_cases()
 

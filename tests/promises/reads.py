@@ -182,7 +182,7 @@ def _moves(args: Any, kwargs: Any) -> bool:
 
 
 def _origin() -> tuple[str, bool, bool, bool]:
-    """The innermost place outside torch and this file; do we ask, an optimizer, or on a CPU alone?"""
+    """The innermost place outside torch and this file; and who asks: we, an optimizer, at hand?"""
     place, own, optimizer, passed, at_hand = "", False, False, False, False
     frame = sys._getframe(2)
     while frame is not None:
