@@ -46,7 +46,8 @@ def line(name: str, trial: Trial | str) -> str:
     """One case in one line."""
     if isinstance(trial, str):
         return f"{name:44} ERROR {trial}"
-    case, half = trial.case, "held out" if trial.case.held_out else "tuned"
+    case = trial.case
+    half = "unseen" if case.unseen else "second" if case.held_out else "first"
     said = [
         f"{one.rule}{'' if one.rank > 1 else '?'}@{one.first_step}" for one in trial.accusations
     ]

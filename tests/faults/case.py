@@ -80,8 +80,13 @@ class Case:
 
     @property
     def held_out(self) -> bool:
-        """Whether thresholds may not be chosen by it: every second one, by the hash of its name."""
+        """Whether no threshold was chosen by it at first: every second one, by its hash."""
         return hashlib.sha256(self.name.encode()).digest()[0] % 2 == 1
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it was written when the rules were done, and no threshold was chosen by it."""
+        return self.name.startswith("later_")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # functions without a name do not travel between processes; names do

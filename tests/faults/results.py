@@ -55,8 +55,9 @@ def results(
     """
     close = trials["close"]
     groups = {
-        "tuned on": [one for one in close if not one.case.held_out],
-        "held out": [one for one in close if one.case.held_out],
+        "first half": [one for one in close if not (one.case.held_out or one.case.unseen)],
+        "second half": [one for one in close if one.case.held_out and not one.case.unseen],
+        "written last": [one for one in close if one.case.unseen],
         "all": close,
     }
     if "default" in trials:
@@ -93,11 +94,16 @@ on a CPU.
 
 {faulty} runs with a planted fault and {healthy} healthy ones, {tricky} of which look sick in some
 way, were trained under the diagnostics and then diagnosed. What each of them claims is shown by
-other means than the rules (`verify` of the case, with plain PyTorch). Half of the cases, by the
-hash of their names, were never looked at while thresholds were chosen: *held out*. Gradients and
-updates are measured every 5 steps here, insides every 10, wiring every 20; the last column is the
-same at the intervals that `suite("full")` has, at which a run of 200 steps has four rows of
-gradients.
+other means than the rules (`verify` of the case, with plain PyTorch). Gradients and updates are
+measured every 5 steps here, insides every 10, wiring every 20.
+
+Thresholds were chosen on the *first half* of the cases, by the hash of their names. When the
+*second half* was then measured for the first time, on 2026-11-21, 88 of its 101 faults were found
+(87 %), 65 with the right cause first (64 %), and 1 of its 75 healthy runs was accused; the first
+half had 100 of 103 (97 %), 94 (91 %) and 0 of 80. Since that gap was wide, the second half was
+looked into as well, and what it showed was mended: its column below is no test any more. The
+cases *written last* came after that, by someone who had not seen the rules, and no rule was
+changed for them: theirs are the figures to expect elsewhere.
 
 *Found*: a rule that the case names, its cause or a true symptom, stands above `info`. *Right
 cause*: the first finding is one that the case names as cause. *Delay*: steps from the onset until
@@ -121,7 +127,7 @@ def _wrong(trials: Sequence[Trial]) -> str:
         if bad:
             said = ", ".join(f"`{f.rule}` ({f.severity})" for f in one.accusations) or "nothing"
             truth = "healthy" if one.case.healthy else " or ".join(f"`{c}`" for c in one.case.cause)
-            half = "held out" if one.case.held_out else "tuned"
+            half = "written last" if one.case.unseen else "second" if one.case.held_out else "first"
             lines.append(f"| {one.case.name} | {half} | {truth} | {said} |")
     return "\n".join(lines) if len(lines) > 2 else "None."
 
