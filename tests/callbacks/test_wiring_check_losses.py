@@ -275,11 +275,14 @@ class TestData:
 
     def test_far_from_zero_is_only_noted(self, tmp_path):
         found = findings(Plain(), tmp_path, data(torch.randn(128, WIDTH) + 30))
-        assert [one.rule for one in found] == ["input_scale"]
-        assert calm(found)
+        scale = [one for one in found if one.rule == "input_scale"]
+        assert len(scale) == 1
+        assert calm(scale)
 
     def test_constant_input_is_healthy(self, tmp_path):
-        assert findings(Plain(), tmp_path, data(torch.full((128, WIDTH), 2.0))) == []
+        found = findings(Plain(), tmp_path, data(torch.full((128, WIDTH), 2.0)))
+        # the same input gives the same answer, which is said; its scale is no fault
+        assert {one.rule for one in found} <= {"constant_prediction"}
 
     def test_names_in_nested_batches(self, tmp_path):
         class Named(Plain):
