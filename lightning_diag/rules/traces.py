@@ -1,12 +1,12 @@
 """Rows cut into one trace per component, and the few measures that rules take of a trace."""
 
-import functools
 import math
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_diag.rules.once import once_a_frame
 
 if TYPE_CHECKING:
     import polars as pl
@@ -33,20 +33,6 @@ _WHOLE = ("clip_value", "clip_coefficient", "clipped", "scale", "skipped", "skip
 _WORDS = ("component", "first_missing", "first_nonfinite", "dominant", "clip_algorithm", "smallest")
 
 GRAD_FILE = "records/grad.jsonl"
-_T = TypeVar("_T")
-
-
-def _once_a_frame(function: "Callable[[pl.DataFrame], _T]") -> "Callable[[pl.DataFrame], _T]":
-    """Keep the last result, since one rule after the other asks the same of the same frame."""
-    last: list[tuple[weakref.ref[pl.DataFrame], _T]] = []
-
-    @functools.wraps(function)
-    def remembered(frame: "pl.DataFrame") -> _T:
-        if not last or last[0][0]() is not frame:
-            last[:] = [(weakref.ref(frame, lambda _: last.clear()), function(frame))]
-        return last[0][1]
-
-    return remembered
 
 
 class Trace(NamedTuple):
@@ -71,7 +57,7 @@ class Trace(NamedTuple):
         return [None if one is None else str(one) for one in self.rows[name]]
 
 
-@_once_a_frame
+@once_a_frame
 def _complete(grad: "pl.DataFrame") -> "pl.DataFrame":
     import polars as pl
 
@@ -86,7 +72,7 @@ def _complete(grad: "pl.DataFrame") -> "pl.DataFrame":
     return frame.with_columns(pl.col(name).fill_nan(None) for name in (*_NUMBERS, *_WHOLE))
 
 
-@_once_a_frame
+@once_a_frame
 def without_skipped(grad: "pl.DataFrame") -> "pl.DataFrame":
     """The rows of the steps that the gradient scaler let through."""
     import polars as pl
@@ -97,7 +83,7 @@ def without_skipped(grad: "pl.DataFrame") -> "pl.DataFrame":
     return frame.join(skipped, on=keys, how="anti", nulls_equal=True, maintain_order="left")
 
 
-@_once_a_frame
+@once_a_frame
 def component_traces(grad: "pl.DataFrame") -> list[Trace]:
     """One trace per component, in order of appearance.
 
@@ -119,7 +105,7 @@ def component_traces(grad: "pl.DataFrame") -> list[Trace]:
     return [Trace(str(part["component"][0]), part.sort("step")) for part in parts]
 
 
-@_once_a_frame
+@once_a_frame
 def whole_traces(grad: "pl.DataFrame") -> list[Trace]:
     """The rows of the whole model, one trace per optimizer."""
     import polars as pl

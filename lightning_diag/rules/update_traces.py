@@ -1,13 +1,12 @@
 """Updates of each component, and the learning rate, cut out of the rows of several files."""
 
-import functools
 import math
-import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_diag.rules.loss_series import LOSS_FILE, METRICS_FILE
+from lightning_diag.rules.once import once_a_frame
 
 if TYPE_CHECKING:
     import polars as pl
@@ -28,20 +27,6 @@ _WANTED = (
     *("step", "component", "skipped", "count", "update_l2", "weight_l2", "weight_rms", "ratio"),
     *("unchanged_share", "lr", "jump", "nonfinite"),
 )
-_T = TypeVar("_T")
-
-
-def _once_a_frame(function: "Callable[[pl.DataFrame], _T]") -> "Callable[[pl.DataFrame], _T]":
-    """Keep the last result: several rules ask the same of the same frame."""
-    last: list[tuple[weakref.ref[pl.DataFrame], _T]] = []
-
-    @functools.wraps(function)
-    def remembered(frame: "pl.DataFrame") -> _T:
-        if not last or last[0][0]() is not frame:
-            last[:] = [(weakref.ref(frame, lambda _: last.clear()), function(frame))]
-        return last[0][1]
-
-    return remembered
 
 
 class Updates(NamedTuple):
@@ -68,7 +53,7 @@ class Updates(NamedTuple):
     from_zero: bool
 
 
-@_once_a_frame
+@once_a_frame
 def update_traces(update: "pl.DataFrame") -> list[Updates]:
     """One trace a component, in order of appearance, without skipped steps.
 

@@ -14,6 +14,11 @@ FAULTY = (
     *("transformer_mask_leaves_the_first_key", "mlp_softmax_before_cross_entropy"),
     *("gru_optimizer_has_a_copy", "cnn_features_detached_from_120", "mlp_manual_without_zero_grad"),
     *("cnn_pictures_from_0_to_255", "mlp_missing_values_are_nan", "wide_network_on_few_samples"),
+    # between layers of one part; put back; replaced; tiny; from mid-run on; before a break; clipped
+    *("seven_sigmoid_layers_with_momentum", "gnn_average_of_weights_put_back_from_100"),
+    *("cnn_head_replaced_at_100", "cnn_pictures_divided_by_255_twice"),
+    *("mlp_features_no_longer_standardized_from_120", "recurrent_network_explodes"),
+    *("clip_a_thousand_times_too_tight", "gan_generator_judged_by_detached_points"),
 )
 HEALTHY = (
     *("mlp_adam", "mean_teacher", "distillation", "weight_norm", "second_loss_starts_late"),
