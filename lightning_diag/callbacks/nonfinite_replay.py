@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from contextvars import copy_context
 from copy import deepcopy
 from dataclasses import dataclass
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -240,7 +240,7 @@ def _apart(
 ) -> Row:
     """In a thread of its own, which no mode reaches that is entered here, nor autocast."""
     rows: list[Row] = []
-    deadline = Deadline(_MOST_SECONDS)
+    deadline, ended = Deadline(_MOST_SECONDS), Event()
     home = torch.get_default_device()
 
     def run() -> None:
@@ -252,15 +252,18 @@ def _apart(
         except BaseException as error:
             # it is not kept itself: it would hold the copy
             rows.append(_failed(error))
+        finally:
+            ended.set()
 
     thread = Thread(target=copy_context().run, args=(run,), daemon=True)
-    thread.start()
     try:
+        # an interrupt may come as early as in here
+        thread.start()
         thread.join()
     except BaseException:
         # nobody waits for it any more: it must draw no random number after this
         deadline.at = 0
-        thread.join(_LAST_SECONDS)
+        ended.wait(_LAST_SECONDS)
         raise
     # modules of Lightning and of metrics hold each other: what the copy holds is given back now
     gc.collect()

@@ -561,6 +561,22 @@ def test_an_interrupt_ends_the_replay_too(tmp_path):
     assert not rows(tmp_path, "nonfinite")
 
 
+def test_an_interrupt_as_the_replay_begins_ends_it_too(tmp_path, monkeypatch):
+    original = threading.Thread.start
+
+    def start(thread):
+        original(thread)
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        train(NeverEnds(spoils(lambda x: (x * 0).log())), tmp_path)
+    left = torch.get_rng_state()
+    time.sleep(0.1)
+    assert torch.equal(torch.get_rng_state(), left)
+
+
 def test_there_must_be_room_for_a_copy(tmp_path, monkeypatch):
     from lightning_diag.callbacks import nonfinite_replay_copy
 
