@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.forward import Scope
-from lightning_diag.callbacks.optimizers import optimizer_index
+from lightning_diag.callbacks.optimizers import gradient_scaler, optimizer_index
 from lightning_diag.callbacks.segments import number
 from lightning_diag.callbacks.transforms import PASSED_BY
 from lightning_diag.callbacks.wiring_forward import Cuts, ForwardWatch
@@ -20,6 +20,7 @@ from lightning_diag.callbacks.wiring_gradients import Leftovers, SilentParameter
 from lightning_diag.callbacks.wiring_losses import LossWatch
 from lightning_diag.callbacks.wiring_modes import eval_mode
 from lightning_diag.callbacks.wiring_parameters import Book, Subject, Ties, listed, untied_by_config
+from lightning_diag.callbacks.wiring_reductions import Reductions, rows_of
 from lightning_diag.callbacks.wiring_rows import (
     Look,
     data_rows,
@@ -128,6 +129,7 @@ class WiringCheck(Diagnostic):
         self._tells_silent = False
         self._forward: ForwardWatch | None = None
         self._losses: LossWatch | None = None
+        self._reductions: Reductions | None = None
         self._cuts = Cuts()
         self._silent = SilentParameters()
         self._leftovers = Leftovers()
@@ -179,6 +181,8 @@ class WiringCheck(Diagnostic):
         self._leftovers.backward(self._look is not None, trainer.optimizers, automatic)
         if self._look is not None and "loss" not in self._look.numbers and not automatic:
             self._look.add("loss", loss)
+        if self._look is not None and self._reductions is not None:
+            self._reductions.begins(loss, gradient_scaler(trainer))
         if not loss.requires_grad and not self._told_detached:
             self._told_detached = True
             where = self._forward.cuts if self._forward is not None else Cuts()
@@ -233,7 +237,7 @@ class WiringCheck(Diagnostic):
         super().release()
         self._look = None
         self._forward = None
-        self._losses = None
+        self._losses = self._reductions = None
         self._known_book = None
         self._moved = Moved()
         self._leftovers.release()
@@ -292,6 +296,8 @@ class WiringCheck(Diagnostic):
                 self._measure_weights(look, trainer)
         self._forward = forward = ForwardWatch(self.guarded)
         self._losses = losses = LossWatch(self.guarded, memories)
+        self._reductions = Reductions(self.guarded)
+        look.samples = next((len(x) for _, x in found if x.dim()), 0)
 
         @contextmanager
         def inside(scope: Scope) -> Iterator[None]:
@@ -355,6 +361,8 @@ class WiringCheck(Diagnostic):
         calls = losses.calls
         if calls:
             look.add("calls", torch.stack([call.facts for call in calls]))
+        reductions = self._reductions or Reductions(self.guarded)
+        look.add("reductions", reductions.weights())
         for index, value in self._leftovers.values.items():
             look.add(f"left_{index}", value)
         look.rows += self._optimizer_rows(book)
@@ -362,22 +370,24 @@ class WiringCheck(Diagnostic):
         look.rows += self._lately_cut_rows(book, look.step) if automatic else []
         look.rows += self._tie_rows(pl_module, look.modules)
         left = (set(self._leftovers.closed), set(self._leftovers.clean))
-        step_facts = (calls, trainer.accumulate_grad_batches if automatic else 1)
-        names = [type(optimizer).__name__ for optimizer in trainer.optimizers]
+        parts = trainer.accumulate_grad_batches if automatic else 1
+        names = [type(optimizer).__name__ for optimizer in trainer.optimizers] or [""]
         learning = _learning(trainer)
 
         def then(values: Tensor) -> None:
             read = look.unpacked(values.tolist())
             loss = read["loss"][0] if "loss" in read else None
             rows = look.rows + data_rows(look, read, loss)
-            rows += loss_rows(step_facts[0], read, loss, step_facts[1], names[0] if names else "")
+            rows += loss_rows(calls, read)
+            weights = read.get("reductions", [])
+            rows += rows_of(reductions.found, weights, look.samples, parts, names[0])
             rows += self._value_rows(book, look, read)
             rows += self._left_rows(book, read, left, trainer)
             rows += self._loss_value_rows(read, loss, learning)
             rows += self._replica_rows(trainer, read)
             self.report(trainer, [*rows, summary_row(rows)], step=look.step)
 
-        self._forward = self._losses = None
+        self._forward = self._losses = self._reductions = None
         self.read(look.packed(pl_module.device), then, look.began)
 
     def _report_silent(self, trainer: Trainer, step: int) -> None:

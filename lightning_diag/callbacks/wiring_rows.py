@@ -19,7 +19,6 @@ __all__ = ["Look", "data_rows", "loss_rows", "plain_row", "summary_row", "zero_r
 _UNSCALED_RMS = 50.0
 _FEW_LABELS = 4
 _FEW_SAMPLES = 8
-_UNDIVIDED = 0.5
 _CONSTANT = 1e-4
 _NO_LOSS = "no loss function of torch.nn.functional was seen"
 
@@ -35,6 +34,7 @@ class Look:
         names: What the entries of `numbers` stand for.
         rows: Rows that need nothing of the device.
         modules: All modules of the model, by name.
+        samples: Length of the first tensor of the batch.
     """
 
     step: int
@@ -43,6 +43,7 @@ class Look:
     names: dict[str, list[Any]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    samples: int = 0
 
     def add(self, name: str, values: Tensor | None, names: Sequence[Any] = ()) -> None:
         """Keep numbers for the reading at the end."""
@@ -116,15 +117,9 @@ def _scale_rows(look: Look, read: Mapping[str, Sequence[float]]) -> list[Row]:
     ]
 
 
-def loss_rows(
-    calls: Sequence[LossCall],
-    read: Mapping[str, Sequence[float]],
-    loss: float | None,
-    accumulated: int,
-    optimizer: str,
-) -> list[Row]:
-    """The rows of the losses: what they are fed, how they reduce, whether predictions vary."""
-    checks = ("double_softmax", "loss_target_mismatch", "wrong_reduction")
+def loss_rows(calls: Sequence[LossCall], read: Mapping[str, Sequence[float]]) -> list[Row]:
+    """The rows of the loss functions: what they are fed, and whether predictions vary."""
+    checks = ("double_softmax", "loss_target_mismatch")
     if not calls:
         return [plain_row(check, "unknown", _NO_LOSS) for check in checks]
     rows: list[Row] = []
@@ -132,7 +127,6 @@ def loss_rows(
         facts = dict(zip(FACTS, read["calls"][place * len(FACTS) :][: len(FACTS)], strict=True))
         rows.append(_softmax_row(call, facts))
         rows += _target_rows(call, facts)
-        rows.append(_reduction_row(call, facts, loss, accumulated, optimizer))
         rows += _prediction_rows(call, facts, place)
     return rows
 
@@ -186,19 +180,6 @@ def _mismatch(call: LossCall, facts: Mapping[str, float]) -> str | None:
     if call.kind == "nll_loss" and (facts["high"] > slack or facts["log_off"] > 0.1):
         return "not log-probabilities"
     return None
-
-
-def _reduction_row(
-    call: LossCall, facts: Mapping[str, float], loss: float | None, parts: int, optimizer: str
-) -> Row:
-    row = plain_row("wrong_reduction", "ok", call.reduction, at=call.kind, algorithm=optimizer)
-    samples = call.shape[0] if call.shape else 1
-    row |= {"count": _numel(call.shape), "samples": samples}
-    if call.reduction == "sum" and loss is not None and facts["result"]:
-        share = loss * parts / facts["result"]
-        row["value"] = number(share)
-        row["state"] = "wrong" if samples >= _FEW_SAMPLES and share > _UNDIVIDED else "ok"
-    return row
 
 
 def _prediction_rows(call: LossCall, facts: Mapping[str, float], place: int) -> list[Row]:

@@ -164,20 +164,24 @@ class WrongReduction:
     """Thresholds of `wrong_reduction`."""
 
     min_looks: float = field(default=2, metadata={"unit": "looks"})
+    clipped_share: float = field(default=0.5, metadata={"unit": "share of measured steps clipped"})
 
 
 @rule(
     "wrong_reduction",
     family="wiring",
-    needs="wiring",
+    needs=("wiring", "grad"),
     thresholds=WrongReduction,
     explains=TURMOIL,
     reference="Goyal et al. 2017, Accurate, Large Minibatch SGD, section 3: mean over the batch.",
 )
-def wrong_reduction(wiring: "pl.DataFrame", thresholds: WrongReduction) -> list[Finding]:
+def wrong_reduction(
+    wiring: "pl.DataFrame", grad: "pl.DataFrame", thresholds: WrongReduction
+) -> list[Finding]:
     """A loss that is summed over the batch and never divided, so that it grows with it.
 
-    Adam and its kin divide the size of the gradient out: with them it is noted.
+    Adam and its kin divide the size of the gradient out: with them it is noted, unless the loss
+    became a sum in mid-run, or gradients are clipped, which cuts what has grown.
     """
     found = []
     for fault in _steady(wiring, "wrong_reduction"):
@@ -185,20 +189,39 @@ def wrong_reduction(wiring: "pl.DataFrame", thresholds: WrongReduction) -> list[
             continue
         optimizer = str(fault.last.get("algorithm") or "")
         adaptive = any(name in optimizer.lower() for name in _ADAPTIVE)
+        harmless = adaptive and fault.well_before is None and not _clipped(grad, thresholds)
+        samples, summed = fault.number("samples"), fault.kind == "sum"
+        since = "" if fault.well_before is None else f" since step {fault.rows[0]['step']}"
+        how = (
+            f"sums over {fault.number('count'):,.0f} terms of {samples:.0f} samples{since}, and "
+            "the sum is not divided"
+            if summed
+            else f"is a mean that is multiplied by {fault.number('value'):.0f}, as many as the "
+            f"batch has samples{since}"
+        )
         found.append(
             fault.finding(
-                "info" if adaptive else "warning",
-                f"`{fault.last.get('at')}` sums over {fault.number('count'):,.0f} terms of "
-                f"{fault.number('samples'):.0f} samples, and the loss is not divided: it and its "
-                "gradient grow with the batch, and the learning rate with them.",
+                "info" if harmless else "warning",
+                f"The loss is no mean: `{fault.last.get('at')}` {how}. It and its gradient grow "
+                "with the batch, and what the learning rate and the clipping value do with them.",
                 'Take `reduction="mean"`, or divide the sum by the number of samples.',
                 observed=fault.number("value"),
-                threshold=0.5,
-                unit="share of the sum in the loss",
+                threshold=0.5 if summed else 1.0,
+                unit="weight of the sum in the loss" if summed else "weight of the mean",
                 confidence=0.7,
             )
         )
     return found
+
+
+def _clipped(grad: "pl.DataFrame", thresholds: WrongReduction) -> bool:
+    import polars as pl
+
+    if not {"component", "clip_coefficient"} <= set(grad.columns):
+        return False
+    whole = grad.filter(pl.col("component").is_null(), pl.col("clip_coefficient").is_not_null())
+    cut = whole.filter(pl.col("clip_coefficient").cast(pl.Float64) < 1)
+    return cut.height > thresholds.clipped_share * whole.height
 
 
 def _steady(wiring: "pl.DataFrame", check: str) -> list[Fault]:
@@ -211,5 +234,5 @@ def _steady(wiring: "pl.DataFrame", check: str) -> list[Fault]:
         since = [row for row in fault.rows if not well or int(row["step"]) > well[-1]]
         # now and then it may be meant so, as where a batch is made up of parts
         if since and len(well) <= len(calls) - len(since):
-            found.append(Fault(since, well[-1] if well else None))
+            found.append(Fault(since, well[-1] if well else fault.well_before))
     return found

@@ -9,7 +9,18 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_diag.rules import diagnose
-from tests.callbacks.wiring_cases import CLASSES, WIDTH, Plain, calm, data, findings, only, wiring
+from tests.callbacks.wiring_cases import (
+    CLASSES,
+    WIDTH,
+    Plain,
+    calm,
+    check,
+    data,
+    findings,
+    only,
+    wiring,
+)
+from tests.callbacks.witness import fit, scaler_plugin
 
 
 class Regression(Plain):
@@ -212,6 +223,71 @@ class TestReduction:
                 return loss / len(batch[0])
 
         assert findings(Divided(), tmp_path, **arguments) == []
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda x, y: F.cross_entropy(x, y, reduction="none").sum(),
+            lambda x, y: F.cross_entropy(x, y) * len(x),
+            lambda x, y: (x - F.one_hot(y, CLASSES)).square().sum(),
+            lambda x, y: (x - F.one_hot(y, CLASSES)).square().mean(1).sum() + 0.1 * x.abs().mean(),
+            lambda x, y: torch.stack([F.cross_entropy(x, y, reduction="sum"), x.mean()]).sum(),
+        ],
+    )
+    def test_a_sum_by_hand(self, tmp_path, make):
+        class Summed(Plain):
+            def training_step(self, batch, batch_idx):
+                return make(self(batch[0]), batch[1])
+
+        assert only(findings(Summed(), tmp_path)).rule == "wrong_reduction"
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda x, y: F.cross_entropy(x, y, reduction="none").sum() / len(x),
+            lambda x, y: 5 * F.cross_entropy(x, y),
+            lambda x, y: (x - F.one_hot(y, CLASSES)).square().sum(1).mean(),
+            lambda x, y: F.cross_entropy(x, y) + 3 * x.new_ones(CLASSES).sum(),
+            lambda x, y: torch.stack([F.cross_entropy(x[i : i + 2], y[:2]) for i in (0, 2)]).sum(),
+        ],
+    )
+    def test_means_by_hand(self, tmp_path, make):
+        class Averaged(Plain):
+            def training_step(self, batch, batch_idx):
+                return make(self(batch[0]), batch[1])
+
+        assert findings(Averaged(), tmp_path) == []
+
+    def test_the_size_of_weights_is_no_sum_over_the_batch(self, tmp_path):
+        class Decayed(Plain):
+            def training_step(self, batch, batch_idx):
+                size = sum(p.square().sum() for p in self.parameters() if p.shape[0] % 8 == 0)
+                return F.cross_entropy(self(batch[0]), batch[1]) + size
+
+        assert findings(Decayed(), tmp_path) == []
+
+    def test_the_scale_of_mixed_precision_is_no_weight(self, tmp_path):
+        class Averaged(Plain):
+            def training_step(self, batch, batch_idx):
+                return F.cross_entropy(self(batch[0]), batch[1])
+
+        assert findings(Averaged(), tmp_path, plugins=[scaler_plugin(8.0)]) == []
+        row = wiring(tmp_path, "wrong_reduction", step=0)[0]
+        assert (row["at"], row["kind"], row["value"]) == ("cross_entropy", "mean", 1.0)
+
+    def test_one_that_comes_in_mid_run_counts_with_adam_too(self, tmp_path):
+        class Later(Plain):
+            def training_step(self, batch, batch_idx):
+                loss = F.cross_entropy(self(batch[0]), batch[1])
+                return loss * len(batch[0]) if batch_idx > 4 else loss
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters())
+
+        fit(Later(), check(every_n_steps=1), data(), tmp_path)
+        found = diagnose(tmp_path, on_error="raise")
+        first = next(one for one in found if one.rule == "wrong_reduction")
+        assert (first.severity, first.first_step) == ("warning", 5)
 
     def test_accumulation_does_not_hide_a_sum(self, tmp_path):
         class Summed(Plain):
