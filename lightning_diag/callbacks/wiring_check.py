@@ -29,6 +29,7 @@ from lightning_diag.callbacks.wiring_rows import (
     summary_row,
     zero_rows,
 )
+from lightning_diag.callbacks.wiring_severed import Severed
 from lightning_diag.callbacks.wiring_tensors import Memories, named_tensors
 from lightning_diag.callbacks.wiring_values import Moved, Twins, Zeros
 from lightning_diag.components import Components, Patterns, module_names
@@ -130,6 +131,7 @@ class WiringCheck(Diagnostic):
         self._forward: ForwardWatch | None = None
         self._losses: LossWatch | None = None
         self._reductions: Reductions | None = None
+        self._severed: Severed | None = None
         self._cuts = Cuts()
         self._silent = SilentParameters()
         self._leftovers = Leftovers()
@@ -237,7 +239,7 @@ class WiringCheck(Diagnostic):
         super().release()
         self._look = None
         self._forward = None
-        self._losses = self._reductions = None
+        self._losses = self._reductions = self._severed = None
         self._known_book = None
         self._moved = Moved()
         self._leftovers.release()
@@ -295,7 +297,9 @@ class WiringCheck(Diagnostic):
             if not self._sharded:
                 self._measure_weights(look, trainer)
         self._forward = forward = ForwardWatch(self.guarded)
-        self._losses = losses = LossWatch(self.guarded, memories)
+        suspects = self._suspects(trainer)
+        severed = self._severed = Severed(suspects) if suspects else None
+        self._losses = losses = LossWatch(self.guarded, memories, severed)
         self._reductions = Reductions(self.guarded)
         look.samples = next((len(x) for _, x in found if x.dim()), 0)
 
@@ -309,6 +313,14 @@ class WiringCheck(Diagnostic):
 
         # a second forward of compiled parts would show nothing of the graph
         self.watch_forward(pl_module, inside, shadows=False)
+
+    def _suspects(self, trainer: Trainer) -> dict[int, str]:
+        """Parameters that the last step gave no gradient, while it gave others one."""
+        subjects = self._book(trainer).subjects
+        mine = [x for x in subjects if x.parameter.requires_grad]
+        if all(x.parameter.grad is None for x in mine):
+            mine = [subject for subject, _ in self._silent.found()] if self._silent.watched else []
+        return {id(x.parameter): x.name for x in mine if x.parameter.grad is None}
 
     def _measure_weights(self, look: Look, trainer: Trainer) -> None:
         book = self._book(trainer)
@@ -346,6 +358,8 @@ class WiringCheck(Diagnostic):
             self.note(trainer, PASSED_BY)
         if forward.cuts.ran:
             self._cuts = forward.cuts
+            self._cuts.severed = self._severed.places if self._severed is not None else {}
+        self._severed = None
         book = self._book(trainer)
         if book.by_id.keys() != {id(parameter) for parameter in pl_module.parameters()}:
             # a layer was replaced since the last look
@@ -429,7 +443,7 @@ class WiringCheck(Diagnostic):
         places: dict[tuple[int, str], str] = {}
         for subject, steps in self._silent.found():
             module = subject.name.rpartition(".")[0]
-            place = self._cuts.place(module)
+            place = self._cuts.place(module, subject.name)
             kind = self._cuts.kind(module)
             if place is None:
                 unused.setdefault((steps, kind), []).append(subject)
@@ -456,7 +470,7 @@ class WiringCheck(Diagnostic):
             parameter = subject.parameter
             mine = parameter.requires_grad and id(parameter) in book.optimized
             if mine and parameter.grad is None and subject.name not in never:
-                place = self._cuts.place(subject.name.rpartition(".")[0])
+                place = self._cuts.place(subject.name.rpartition(".")[0], subject.name)
                 if place is not None:
                     cut[subject.name] = place
         self._cut_since = {name: self._cut_since.get(name, step) for name in cut}

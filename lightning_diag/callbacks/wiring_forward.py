@@ -46,12 +46,14 @@ class Cuts:
         ran: Modules that ran, by name, with their place in the order.
         without_graph: Modules with trainable weights whose output never needs a gradient.
         detached: A module whose output needs a gradient, to the module that it enters without one.
+        severed: Where the effect of a parameter without a gradient ends, in words, by its name.
     """
 
     watched: set[str] = field(default_factory=set)
     ran: dict[str, int] = field(default_factory=dict)
     without_graph: set[str] = field(default_factory=set)
     detached: dict[str, str] = field(default_factory=dict)
+    severed: dict[str, str] = field(default_factory=dict)
 
     def kind(self, module: str) -> str:
         """Whether a module ran, in words."""
@@ -60,8 +62,13 @@ class Cuts:
         # a module's own parameters may be used without calling it
         return "never ran" if module and module in self.watched else "not seen"
 
-    def place(self, module: str) -> str | None:
-        """Where the gradient on its way to a module is cut, in words; None where nothing is."""
+    def place(self, module: str, parameter: str = "") -> str | None:
+        """Where the gradient on its way to a module is cut, in words; None where nothing is.
+
+        Args:
+            module: Name of the module.
+            parameter: Name of its parameter that has no gradient.
+        """
         if module in self.without_graph:
             return f"`{module}` runs without a graph"
         if module not in self.ran:
@@ -69,7 +76,7 @@ class Cuts:
         for source, target in self.detached.items():
             if self.ran.get(source, -1) >= self.ran[module] or module.startswith(f"{source}."):
                 return f"between `{source}` and `{target}`"
-        return None
+        return self.severed.get(parameter)
 
 
 class ForwardWatch:

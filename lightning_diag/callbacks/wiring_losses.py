@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_diag.callbacks.forward import Passing, Scope
 from lightning_diag.callbacks.transforms import inside_transform
 from lightning_diag.callbacks.wiring_forward import Guard
+from lightning_diag.callbacks.wiring_severed import Severed
 from lightning_diag.callbacks.wiring_tensors import Memories
 from lightning_diag.functional.wiring_check import (
     PREDICTION_FACTS,
@@ -117,6 +118,7 @@ class LossWatch:
     Args:
         guard: Isolates what is done here, as `Diagnostic.guarded` does.
         batch: Memories of the tensors of the batch.
+        severed: Told of operations through which no gradient comes; None where nothing is amiss.
 
     Attributes:
         calls: What was seen, the first few.
@@ -124,7 +126,7 @@ class LossWatch:
         passed_by: Whether a loss function was called inside a transform of `torch.func`.
     """
 
-    def __init__(self, guard: Guard, batch: Memories) -> None:
+    def __init__(self, guard: Guard, batch: Memories, severed: Severed | None = None) -> None:
         self.calls: list[LossCall] = []
         self.everywhere = False
         self.passed_by = False
@@ -132,6 +134,7 @@ class LossWatch:
         self._begin = guard(self._called)
         self._finish = guard(self._returned)
         self._convert = guard(self._converted)
+        self._sever = guard(severed.saw) if severed is not None else None
 
     @contextmanager
     def inside(self, scope: Scope) -> Iterator[None]:
@@ -151,6 +154,8 @@ class LossWatch:
 
     def after(self, call: LossCall | None, func: Any, args: Any, result: Any) -> None:
         """Look at what came of it."""
+        if self._sever is not None and not inside_transform():
+            self._sever(getattr(func, "__name__", ""), args, result)
         if call is not None:
             self._finish(call, result)
         elif isinstance(result, Tensor):

@@ -129,9 +129,16 @@ def rows_of(
     if not found:
         what = "no sum or mean was seen on the way to the loss"
         return [plain_row("wrong_reduction", "unknown", what)]
+    together: dict[tuple[str, str, int], float] = {}
+    for one, weight in zip(found, weights, strict=True):
+        key = (one.at, one.kind, one.terms)
+        together[key] = together.get(key, 0.0) + abs(weight) * parts
     for one, weight in zip(found, weights, strict=True):
         whole = abs(weight) * parts
-        state = "wrong" if _is_wrong(one, whole, samples) else "ok"
+        # the two halves of a contrastive loss make one mean
+        both = together[one.at, one.kind, one.terms]
+        wrong = _is_wrong(one, whole, samples) or _is_wrong(one, both, samples)
+        state = "wrong" if wrong else "ok"
         row = plain_row("wrong_reduction", state, one.kind, at=one.at, algorithm=optimizer)
         row |= {"count": one.terms, "samples": samples}
         rows.append(row | {"value": number(whole)})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_diag.rules.finding import Evidence, Finding
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import boost_component
-from lightning_diag.rules.sizes import Size, ratio, sizes_by_step, typical_others
+from lightning_diag.rules.sizes import Size, is_tiny, ratio, sizes_by_step, typical_others
 from lightning_diag.rules.traces import (
     GRAD_FILE,
     after_warmup,
@@ -29,6 +29,7 @@ class GradientImbalance:
 
     noted_ratio: float = field(default=10.0, metadata={"unit": "times the typical component"})
     max_ratio: float = field(default=1000.0, metadata={"unit": "times the typical component"})
+    min_elements: float = field(default=8, metadata={"unit": "elements of a part"})
     min_rows: float = field(default=5, metadata={"unit": "rows"})
     min_share: float = field(default=0.8, metadata={"unit": "share of rows"})
     warmup_rows: float = field(default=2, metadata={"unit": "rows"})
@@ -56,7 +57,8 @@ def gradient_imbalance(grad: "pl.DataFrame", thresholds: GradientImbalance) -> l
     A ratio of `noted_ratio` is common in healthy models and only noted, for the worst component;
     `max_ratio` is a warning for each. Components without any gradient are for `dead_component`.
     """
-    table = sizes_by_step(component_traces(without_skipped(grad)))
+    traces = component_traces(without_skipped(grad))
+    table = sizes_by_step(one for one in traces if not is_tiny(one, thresholds.min_elements))
     steps = [step for step in sorted(table) if len(table[step]) > 1]
     steps = steps[after_warmup(len(steps), thresholds.warmup_rows, thresholds.warmup_share) :]
     gaps = _gaps({step: table[step] for step in steps}, thresholds)

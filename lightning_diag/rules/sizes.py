@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from lightning_diag.rules.traces import Trace
 
-__all__ = ["Size", "largest", "ratio", "sizes", "sizes_by_step", "typical_others"]
+__all__ = ["Size", "is_tiny", "largest", "ratio", "sizes", "sizes_by_step", "typical_others"]
 
 
 class Size(NamedTuple):
@@ -34,6 +34,12 @@ def sizes(trace: Trace) -> list[Size]:
             l2 = math.nan
         found.append(Size(l2, l2 / math.sqrt(count * filled) if count > 0 else math.nan))
     return found
+
+
+def is_tiny(trace: Trace, least: float) -> bool:
+    """Whether a component has fewer than `least` elements, so that its share says little."""
+    known = [count for count in trace.numbers("count") if count > 0]
+    return bool(known) and median(known) < least
 
 
 def sizes_by_step(traces: Iterable[Trace]) -> dict[int, dict[str, Size]]:

@@ -11,7 +11,7 @@ from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import strengthen_gradient
-from lightning_diag.rules.sizes import Size, largest, ratio, sizes, sizes_by_step
+from lightning_diag.rules.sizes import Size, is_tiny, largest, ratio, sizes, sizes_by_step
 from lightning_diag.rules.traces import (
     GRAD_FILE,
     Trace,
@@ -49,6 +49,7 @@ class VanishingGradient:
     sigmas: float = field(default=6.0, metadata={"unit": "robust standard deviations"})
     history_rows: float = field(default=10, metadata={"unit": "rows"})
     min_tensor_l2: float = field(default=1e-7, metadata={"unit": "l2 norm of one tensor"})
+    min_elements: float = field(default=8, metadata={"unit": "elements of a part"})
     min_rows: float = field(default=5, metadata={"unit": "rows"})
     min_share: float = field(default=0.8, metadata={"unit": "share of rows since the first"})
     warmup_rows: float = field(default=2, metadata={"unit": "rows"})
@@ -108,6 +109,9 @@ def _judge(trace: Trace, table: dict[int, list[Size]], t: VanishingGradient) -> 
         f"{times:,.0f} times below the largest other part. It learns next to nothing."
     )
     severity: Severity = "critical" if mean < t.lost_l2 else "warning"
+    if is_tiny(trace, t.min_elements):
+        # a temperature, or a scale that a normalization takes away again
+        severity = "info"
     return Finding(
         rule="vanishing_gradient",
         severity=severity,

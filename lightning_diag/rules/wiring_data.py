@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_diag.rules.consequences import STANDSTILL, TURMOIL
-from lightning_diag.rules.finding import Finding, Severity
+from lightning_diag.rules.finding import Evidence, Finding, Severity
+from lightning_diag.rules.first_nonfinite import NONFINITE_FILE, first_nonfinite
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import standardize_data
 from lightning_diag.rules.wiring_rows import Fault, checked
@@ -25,20 +26,23 @@ class NonfiniteData:
 @rule(
     "nonfinite_data",
     family="wiring",
-    needs="wiring",
+    needs=("wiring", "nonfinite"),
     thresholds=NonfiniteData,
     explains=("nonfinite_gradient", "nonfinite_loss", "dead_component"),
     reference="IEEE 754: what meets NaN becomes NaN.",
 )
-def nonfinite_data(wiring: "pl.DataFrame", thresholds: NonfiniteData) -> list[Finding]:
+def nonfinite_data(
+    wiring: "pl.DataFrame", nonfinite: "pl.DataFrame", thresholds: NonfiniteData
+) -> list[Finding]:
     """NaN or infinity in a batch; where the loss stays finite it is known to the model, and noted.
 
-    A mask of minus infinity, or NaN for what is missing, is such a case.
+    A mask of minus infinity, or NaN for what is missing, is such a case. Between two looks it is
+    the replay of the first step that was not finite which tells.
     """
     rows = checked(wiring, "nonfinite_data")
     wrong = [row for row in rows if row["state"] == "wrong"]
     if not wrong or len(wrong) < thresholds.min_looks:
-        return []
+        return _replayed(nonfinite)
     after = [row.get("loss_finite") for row in rows if row["step"] >= wrong[0]["step"]]
     # a loss that hides an infinity breaks one step later, by the gradient
     broken, unknown = 0 in after, 1 not in after
@@ -57,6 +61,36 @@ def nonfinite_data(wiring: "pl.DataFrame", thresholds: NonfiniteData) -> list[Fi
             threshold=0.0,
             unit="share of elements",
             confidence=0.95 if broken else 0.6,
+        )
+    ]
+
+
+def _replayed(nonfinite: "pl.DataFrame") -> list[Finding]:
+    row = first_nonfinite(nonfinite)
+    if row.get("reason") != "data":
+        return []
+    step = int(row["step"])
+    bad = sum(float(row.get(key) or 0) for key in ("input_nan", "input_inf"))
+    return [
+        Finding(
+            rule="nonfinite_data",
+            severity="critical",
+            first_step=step,
+            last_step=step,
+            observed=bad,
+            threshold=0.0,
+            unit="elements that are NaN or infinite",
+            evidence=Evidence(NONFINITE_FILE, (step,)),
+            message=(
+                f"The batch of step {step} holds {bad:,.0f} elements that are NaN or infinite, in "
+                f"`{row.get('tensor')}`, and the loss is not finite either."
+            ),
+            suggestion=(
+                "Clean the data: look for missing values, divisions by zero (a picture of one "
+                "colour that is divided by its deviation) and logarithms of zero in what prepares "
+                "them."
+            ),
+            confidence=0.95,
         )
     ]
 

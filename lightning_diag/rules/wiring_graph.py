@@ -203,12 +203,13 @@ class TiedWeightBroken:
 def tied_weight_broken(wiring: "pl.DataFrame", thresholds: TiedWeightBroken) -> list[Finding]:
     """Two names that stood for one weight, or should, and stand for two.
 
-    A map that starts as a copy of the embedding and goes its own way may be meant so: it is noted.
+    A map that starts as a copy of the embedding and goes its own way was meant to be tied, as a
+    rule: where it was not, raise ``min_looks``.
     """
-    words = {
+    words: dict[str, tuple[Severity, str]] = {
         "came apart": ("warning", "were one parameter, and are two now"),
         "not tied": ("warning", "are tied by the model's configuration, and are two parameters"),
-        "drifted": ("info", "started with equal values, are two parameters, and differ now"),
+        "drifted": ("warning", "started with equal values, are two parameters, and differ now"),
     }
     found = []
     for fault in faults(wiring, "tied_weight_broken"):
@@ -216,12 +217,12 @@ def tied_weight_broken(wiring: "pl.DataFrame", thresholds: TiedWeightBroken) -> 
         if fault.looks >= thresholds.min_looks:
             found.append(
                 fault.finding(
-                    "info" if severity == "info" else "warning",
+                    severity,
                     f"{fault.names} {what}.",
                     "Tie them again after whatever replaced one of them (loading weights, moving "
                     "or wrapping the model) with `a.weight = b.weight`, before the optimizer is "
                     "made. Copying values, or `.data`, does not tie.",
-                    confidence=0.5 if severity == "info" else 0.9,
+                    confidence=0.6 if fault.kind == "drifted" else 0.9,
                 )
             )
     return found

@@ -20,6 +20,10 @@ __all__ = [
     "wrong_reduction",
 ]
 
+_BROKEN = (
+    *("dead_relu", "saturated_activation", "dead_component", "vanishing_gradient"),
+    *("representation_collapse", "attention_collapse", "gradient_imbalance"),
+)
 _ADAPTIVE = ("adam", "lion", "lamb", "adafactor")
 
 
@@ -172,7 +176,7 @@ class WrongReduction:
     family="wiring",
     needs=("wiring", "grad"),
     thresholds=WrongReduction,
-    explains=TURMOIL,
+    explains=(*TURMOIL, *STANDSTILL, *_BROKEN),
     reference="Goyal et al. 2017, Accurate, Large Minibatch SGD, section 3: mean over the batch.",
 )
 def wrong_reduction(

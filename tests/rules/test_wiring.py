@@ -87,7 +87,7 @@ CASES = {
     "tied_weight_broken": [
         ({"kind": "came apart", "names": "a and b"}, "warning"),
         ({"kind": "not tied", "names": "a and b"}, "warning"),
-        ({"kind": "drifted", "names": "a and b"}, "info"),
+        ({"kind": "drifted", "names": "a and b"}, "warning"),
     ],
     "replica_drift": [({"kind": "weights", **PARAMETERS}, "critical")],
     "nonfinite_data": [
