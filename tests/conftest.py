@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -44,6 +45,16 @@ class Halving(LightningModule):
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test() -> Iterator[None]:
+    """Lightning keeps a seed in the environment, from where the next run would take it."""
+    before = os.environ.get("PL_GLOBAL_SEED")
+    yield
+    os.environ.pop("PL_GLOBAL_SEED", None)
+    if before is not None:
+        os.environ["PL_GLOBAL_SEED"] = before
 
 
 @pytest.fixture
