@@ -33,6 +33,7 @@ class ClippingDominates:
     min_coefficient: float = field(default=0.1, metadata={"unit": "median clip coefficient"})
     noted_share: float = field(default=0.5, metadata={"unit": "share of steps clipped"})
     noted_coefficient: float = field(default=0.5, metadata={"unit": "median clip coefficient"})
+    value_share: float = field(default=0.1, metadata={"unit": "clip value over rms"})
     min_rows: float = field(default=10, metadata={"unit": "rows"})
     warmup_rows: float = field(default=2, metadata={"unit": "rows"})
     warmup_share: float = field(default=0.34, metadata={"unit": "share of rows"})
@@ -48,13 +49,14 @@ class ClippingDominates:
     remedy=loosen_clip,
 )
 def clipping_dominates(grad: "pl.DataFrame", thresholds: ClippingDominates) -> list[Finding]:
-    """Clipping by norm that is at work on nearly every step and leaves little of the gradient.
+    """Clipping that is at work on nearly every step and leaves little of the gradient.
 
     The first third of the run does not count: heavy clipping while a model settles is what
     clipping is for. Coefficients between 0.1 and 0.5 are common in large models, and only noted.
+    Clipping by value dominates where the typical element is far above the value.
     """
     traces = whole_traces(without_skipped(grad))
-    found = [_judge(trace, thresholds) for trace in traces]
+    found = [_judge(trace, thresholds) or _by_value(trace, thresholds) for trace in traces]
     return [one for one in found if one is not None]
 
 
@@ -98,6 +100,43 @@ def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
         ),
         suggestion=_SUGGESTION if extreme else _NOTE,
         confidence=0.8 if extreme else 0.5,
+    )
+
+
+def _by_value(trace: Trace, t: ClippingDominates) -> Finding | None:
+    if not {"rms", "clip_value", "clip_algorithm"} <= set(trace.rows.columns):
+        return None
+    start = after_warmup(len(trace.steps), t.warmup_rows, t.warmup_share)
+    columns = (trace.steps, trace.words("clip_algorithm"), trace.numbers("clip_value"))
+    rows = [
+        (step, value, value / rms)
+        for step, algorithm, value, rms in list(zip(*columns, trace.numbers("rms"), strict=True))
+        if algorithm == "value" and value > 0 and rms > 0
+    ]
+    later = rows[start:]
+    if len(later) < t.min_rows:
+        return None
+    value, left = median(value for _, value, _ in later), median(left for *_, left in later)
+    if left > t.value_share:
+        return None
+    return Finding(
+        rule="clipping_dominates",
+        severity="warning",
+        first_step=rows[0][0],
+        last_step=rows[-1][0],
+        observed=left,
+        threshold=t.value_share,
+        unit="clip value over the root mean square of the gradient",
+        evidence=Evidence(GRAD_FILE, evidence_steps(step for step, *_ in later)),
+        message=(
+            f"Every element of the gradient is cut to at most {value:g}, and a typical one is "
+            f"{1 / left:,.0f} times as large: what is left is its sign."
+        ),
+        suggestion=(
+            "Clip by norm (`gradient_clip_algorithm=norm`) near the usual norm, or raise the value "
+            "far above the typical element, so that it catches the odd one only."
+        ),
+        confidence=0.8,
     )
 
 

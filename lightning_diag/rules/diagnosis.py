@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["diagnose", "order_findings"]
 
 _EVERYWHERE = ("gradient_imbalance", "nonfinite_gradient", "clipping_dominates")
-_SPREADING = ("dead_relu", "saturated_activation", "input_scale")
+_SPREADING = ("dead_relu", "saturated_activation", "input_scale", "learning_rate_too_high")
 _EITHER_WAY = (("unused_parameter", "dead_component"), ("dead_component", "unused_parameter"))
 _EXACT = ("nonfinite_gradient", "nonfinite_loss")  # told to the step
 _WHOLE_RUN = ("not_learning", "slow_convergence")
@@ -142,6 +142,9 @@ def _together(cause: Finding, effect: Finding) -> bool:
 def _before(cause: Finding, effect: Finding) -> bool:
     """Whether it surely began earlier, and not only was seen earlier in the first steps."""
     exact = cause.rule in _EXACT and effect.rule in _EXACT
+    if cause.rule == "divergence":
+        # it may have begun as late as at the end of its window, and the other before it was seen
+        return _step(cause) + _WINDOW_STEPS <= _earliest(effect)
     return _step(cause) < _step(effect) and (exact or _step(effect) >= _FROM_THE_START)
 
 

@@ -54,6 +54,7 @@ class _Rise(NamedTuple):
     needs=("loss", "metrics", "grad", "collapse"),
     thresholds=Divergence,
     explains=(
+        "exploding_gradient",
         "loss_oscillation",
         "loss_spike",
         "loss_plateau",

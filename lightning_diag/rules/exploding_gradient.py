@@ -41,6 +41,8 @@ class ExplodingGradient:
     max_l2: float = field(default=100.0, metadata={"unit": "l2 norm"})
     large_l2: float = field(default=10.0, metadata={"unit": "l2 norm"})
     own_ratio: float = field(default=10.0, metadata={"unit": "times its own median"})
+    harm: float = field(default=100.0, metadata={"unit": "times the loss before"})
+    left: float = field(default=2.0, metadata={"unit": "times the loss before, afterwards"})
     growth: float = field(default=100.0, metadata={"unit": "times the start of the run"})
     sigmas: float = field(default=6.0, metadata={"unit": "robust standard deviations"})
     history_rows: float = field(default=5, metadata={"unit": "rows"})
@@ -55,6 +57,7 @@ class _Rise(NamedTuple):
     peak: float
     usual: float
     lasting: bool
+    harmed: bool = False  # short, but the loss has not come back from it
 
 
 @rule(
@@ -66,6 +69,7 @@ class _Rise(NamedTuple):
         "saturated_activation",
         *("nonfinite_gradient", "nonfinite_loss", "clipping_dominates", "gradient_imbalance"),
         *("update_too_large", "divergence", "loss_spike", "loss_oscillation", "dead_relu"),
+        *("dead_component", "constant_prediction", "representation_collapse", "not_learning"),
     ),
     reference="Pascanu et al. 2013, On the difficulty of training recurrent neural networks; "
     "bands of the reference systems: 100, and 10 for large.",
@@ -86,6 +90,7 @@ def exploding_gradient(
     wholes = [(rise, one) for one in whole if (rise := _rise(one, thresholds))]
     if wholes:
         rise, trace = max(wholes, key=lambda pair: (pair[0].lasting, pair[0].peak))
+        rise = rise._replace(harmed=not rise.lasting and _harmed(loss, rise.steps, thresholds))
         return [_finding(rise._replace(component=_leader(rise, parts)), parts, trace, thresholds)]
     if parts:
         rise = max(parts, key=lambda one: (one.lasting, one.peak))
@@ -96,6 +101,9 @@ def exploding_gradient(
     if between is not None:
         clips = any(one.numbers("clip_value")[0] > 0 for one in whole if one.steps)
         return [_finding(between, parts, windows, thresholds, clips=clips, file=LOSS_FILE)]
+    at_once = _at_the_start(loss, thresholds)
+    if at_once is not None:
+        return [at_once]
     broken = _before_a_break(loss, thresholds)
     if broken is not None:
         return [broken]
@@ -116,6 +124,57 @@ def _windows(loss: "pl.DataFrame") -> Trace:
     whole = [pl.lit(0.0).alias("zeros"), pl.lit(1.0).alias("count"), pl.lit(0.0).alias("nonfinite")]
     names = [pl.col("first_step").alias("step"), pl.col("gradient_norm").alias("l2")]
     return Trace(None, kept.select(*names, *whole).drop_nulls().sort("step"))
+
+
+def _harmed(loss: "pl.DataFrame", steps: list[int], t: ExplodingGradient) -> bool:
+    """Whether the loss leapt at one of these steps, and stayed up after it."""
+    if not {"first_step", "step", "loss"} <= set(loss.columns):
+        return False
+    rows = loss.drop_nulls("loss").sort("step").to_dicts()
+    for at, row in enumerate(rows):
+        before = [one["loss"] for one in rows[max(0, at - 3) : at]]
+        after = [one["loss"] for one in rows[at + 2 : at + 7]]
+        struck = any(row["first_step"] <= step <= row["step"] for step in steps)
+        if struck and before and after and median(before) > 0:
+            usual = median(before)
+            return bool(row["loss"] > t.harm * usual and median(after) > t.left * usual)
+    return False
+
+
+def _at_the_start(loss: "pl.DataFrame", t: ExplodingGradient) -> Finding | None:
+    """A first step out of all proportion, after which nothing is learned."""
+    names = ("first_step", "step", "loss", "loss_min", "gradient_norm", "gradient_norm_max")
+    if not set(names) <= set(loss.columns) or loss.height <= t.history_rows:
+        return None
+    rows = loss.drop_nulls(("loss", "gradient_norm", "gradient_norm_max")).sort("step").to_dicts()
+    if len(rows) <= t.history_rows or rows[0]["first_step"] != 0:
+        return None
+    first, later = rows[0], rows[1:]
+    peak, usual = first["gradient_norm_max"], median(row["gradient_norm"] for row in later)
+    level = median(row["loss"] for row in later[-len(later) // 3 :])
+    if peak <= t.growth * t.max_l2 or peak <= t.growth * usual or level < 0.9 * first["loss_min"]:
+        return None
+    return Finding(
+        rule="exploding_gradient",
+        severity="critical",
+        first_step=0,
+        last_step=int(first["step"]),
+        observed=peak,
+        threshold=t.growth * t.max_l2,
+        unit="l2 norm before clipping",
+        evidence=Evidence(LOSS_FILE, (int(first["step"]),)),
+        message=(
+            f"The gradient norm of the whole model was {peak:.3g} within the first "
+            f"{first['step'] + 1} steps, and {usual:.3g} after them: what those steps did to the "
+            "weights has not been undone, and the loss has not come down since."
+        ),
+        suggestion=(
+            "Start with smaller weights (for a recurrent network orthogonal ones, with a gain of 1 "
+            "at most), or clip the gradient norm at 1 from the first step on, and warm the "
+            "learning rate up."
+        ),
+        confidence=0.8,
+    )
 
 
 def _before_a_break(loss: "pl.DataFrame", t: ExplodingGradient) -> Finding | None:
@@ -220,6 +279,7 @@ def _finding(
     also = f" {others} other part{'s' * (others != 1)} rose with it." if others else ""
     cushion = " Clipping cut these steps down, which limits the harm." if clipped else ""
     often = "and stayed up" if rise.lasting else f"at {len(rise.steps)} measured step(s)"
+    harm = " The loss leapt with it, and has not come back." if rise.harmed else ""
     return Finding(
         rule="exploding_gradient",
         severity=_severity(rise, clipped, t),
@@ -232,7 +292,7 @@ def _finding(
         evidence=Evidence(file, evidence_steps(rise.steps)),
         message=(
             f"The gradient norm of {name} rose to {rise.peak:.3g} {often}, first at step "
-            f"{rise.steps[0]}; {rise.usual:.3g} was usual.{also}{cushion}"
+            f"{rise.steps[0]}; {rise.usual:.3g} was usual.{also}{cushion}{harm}"
         ),
         suggestion=_SUGGESTION,
         confidence=0.9 if rise.lasting else 0.6,
@@ -243,6 +303,8 @@ def _severity(rise: _Rise, clipped: bool, t: ExplodingGradient) -> Severity:
     if rise.lasting:
         out_of_hand = rise.peak > t.growth * rise.usual and not clipped
         return "critical" if out_of_hand else "warning"
+    if rise.harmed:
+        return "critical"
     return "warning" if len(rise.steps) >= t.min_rows and not clipped else "info"
 
 

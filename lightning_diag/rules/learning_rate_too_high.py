@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.loss_series import Losses, training_losses
+from lightning_diag.rules.part_rates import parts_too_fast
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import lower_rate
 from lightning_diag.rules.traces import evidence_steps
 from lightning_diag.rules.update_traces import (
+    UPDATE_FILE,
     Rates,
+    Updates,
     learning_rates,
     typical_ratios,
     update_traces,
@@ -66,6 +69,12 @@ class LearningRateTooHigh:
     rise: float = field(default=1.5, metadata={"unit": "times its best level"})
     rise_level: float = field(default=0.5, metadata={"unit": "share of the loss at the start"})
     rate_rise: float = field(default=2.0, metadata={"unit": "times the highest rate before"})
+    swept_rms: float = field(default=3.0, metadata={"unit": "root mean square of the weights"})
+    first_ratio: float = field(default=0.08, metadata={"unit": "update over weight"})
+    shrunk: float = field(default=0.05, metadata={"unit": "share of the size of the weights"})
+    part_ratio: float = field(default=0.1, metadata={"unit": "update over weight"})
+    part_rise: float = field(default=10.0, metadata={"unit": "times its highest rate before"})
+    part_rates: float = field(default=30.0, metadata={"unit": "times the rate of other parts"})
     min_count: float = field(default=50, metadata={"unit": "elements"})
 
 
@@ -92,7 +101,7 @@ class _Case(NamedTuple):
         *("loss_oscillation", "loss_spike", "loss_plateau", "not_learning", "nonfinite_loss"),
         *("nonfinite_gradient", "dead_relu", "saturated_activation", "constant_prediction"),
         *("dead_component", "vanishing_gradient", "representation_collapse"),
-        "attention_collapse",
+        *("attention_collapse", "update_too_small", "detached_graph"),
     ),
     reference="Above 2 over the sharpness a step of gradient descent climbs: LeCun et al. 1993; "
     "Cohen et al. 2021, Gradient descent on neural networks typically occurs at the edge of "
@@ -111,10 +120,12 @@ def learning_rate_too_high(
     Three courses count: the loss jumps or stays where it was from the first steps on, it rises when
     the rate is raised, or it rises later under steps that were already large before.
     """
+    traces = weighty(update_traces(update), thresholds.min_count)
     losses = training_losses(loss, metrics)
+    parts = _parts(traces, thresholds)
     if losses is None:
-        return []
-    moves = _Moves(*typical_ratios(weighty(update_traces(update), thresholds.min_count)))
+        return parts
+    moves = _Moves(*typical_ratios(traces), *_first_weights(update))
     rates = learning_rates(loss, metrics, update)
     curve = _curve(losses, collapse)
     case = (
@@ -123,18 +134,22 @@ def learning_rate_too_high(
         or _later(curve, moves, thresholds)
         or _unsettled(curve, losses, moves, thresholds)
     )
-    return (
-        []
-        if case is None
-        else [_finding(_since_large(case, rates, moves, thresholds), losses, rates, moves)]
-    )
+    if case is None or _shrunk(traces, thresholds):
+        return parts
+    case = _since_large(case, rates, moves, thresholds)
+    # a part that was too fast before the loss shows it is what to look at
+    if parts and all((one.first_step or 0) <= case.first for one in parts):
+        return parts
+    return [_finding(case, losses, rates, moves)]
 
 
 class _Moves(NamedTuple):
-    """The typical ratio of update to weight by step."""
+    """The typical ratio of update to weight by step, and the size of the weights at first."""
 
     steps: list[int]
     ratios: list[float]
+    size: float = math.nan
+    rms: float = math.nan
 
     def between(self, start: float, stop: float) -> float:
         """The largest ratio in a range of steps; NaN where none was measured."""
@@ -142,12 +157,81 @@ class _Moves(NamedTuple):
         return max(found, default=math.nan)
 
 
+def _first_weights(update: "pl.DataFrame") -> tuple[float, float]:
+    """Norm and root mean square of all weights at the first measured step; NaN if unknown."""
+    import polars as pl
+
+    if not {"component", "step", "weight_l2", "weight_rms"} <= set(update.columns):
+        return math.nan, math.nan
+    whole = update.filter(pl.col("component").is_null() & pl.col("weight_rms").is_not_null())
+    row = next(whole.head(1).iter_rows(named=True), None)
+    return (math.nan, math.nan) if row is None else (row["weight_l2"], row["weight_rms"])
+
+
+def _shrunk(traces: Sequence[Updates], t: LearningRateTooHigh) -> bool:
+    """Whether weights fade to nothing: what moves them is their decay, and not the gradient."""
+    known = [[one for one in trace.sizes if not math.isnan(one)] for trace in traces]
+    ends = [sizes[-1] < t.shrunk * sizes[0] for sizes in known if sizes]
+    return any(ends)
+
+
+def _parts(traces: Sequence[Updates], t: LearningRateTooHigh) -> list[Finding]:
+    found = parts_too_fast(
+        traces, times_before=t.part_rise, times_others=t.part_rates, ratio=t.part_ratio
+    )
+    whole = len(found) > 1 and len(found) == len(traces)
+    worst = max(found, key=lambda one: one.ratio, default=None)
+    findings = []
+    for one in [worst] if whole and worst is not None else found:
+        name = "all parts" if whole else f"`{one.component}`"
+        seen = (
+            f"was raised from {one.usual:.3g} to {one.rate:.3g} at about step {one.step}"
+            if one.raised
+            else f"is {one.rate:.3g}, where the other parts have {one.usual:.3g}"
+        )
+        last = max(step for trace in traces for step in trace.steps)
+        findings.append(
+            Finding(
+                rule="learning_rate_too_high",
+                severity="warning",
+                component=None if whole else one.component,
+                first_step=one.step,
+                last_step=last,
+                observed=one.ratio,
+                threshold=t.part_ratio,
+                unit="update over weight",
+                evidence=Evidence(
+                    UPDATE_FILE,
+                    evidence_steps(
+                        step
+                        for trace in traces
+                        for step in trace.steps
+                        if trace.component == one.component and step >= one.step
+                    ),
+                ),
+                message=(
+                    f"The learning rate of {name} {seen}, and a step there changed the weights by "
+                    f"{one.ratio:.2g} of their size (about 0.001 is usual): what they had learned "
+                    "is overwritten. That is a learning rate that is too high."
+                ),
+                suggestion=(
+                    "Bring this rate back to that of the others, or to what it was, and raise it "
+                    "by threes from there; if it must rise, warm it up."
+                ),
+                confidence=0.7,
+            )
+        )
+    return findings
+
+
 def _since_large(case: _Case, rates: Rates | None, moves: _Moves, t: LearningRateTooHigh) -> _Case:
     """Begun when the steps became large, where the rate itself had to rise first."""
     late = case.kind not in ("jump", "stuck")
     if late or rates is None or rates.lows[0] > 0.5 * max(rates.highs):
         return case
-    risen = [step for step, ratio in zip(*moves, strict=True) if ratio > t.large_ratio]
+    risen = [
+        step for step, ratio in zip(moves.steps, moves.ratios, strict=True) if ratio > t.large_ratio
+    ]
     return case._replace(first=max(case.first, min(risen, default=case.first)))
 
 
@@ -229,6 +313,11 @@ def _from_the_start(
     hidden = (wild and now > t.soon_level) or (math.isnan(early) and jumped > t.jump)
     if hidden and not large > t.large_ratio and rate > t.large_rate:
         large = t.large_ratio
+    # what the first step must have been, where it left nothing to be measured afterwards
+    first = min(rate * curve.norm / moves.size, rate / moves.rms)
+    swept = moves.rms > t.swept_rms or first > t.first_ratio
+    if swept and rate > t.large_rate and early < t.large_ratio and now > t.flat_level:
+        early = large = max(t.stuck_ratio, first)
     if large < t.large_ratio:
         return None
     # a huge gradient before the first step asks for another scale, not for another rate

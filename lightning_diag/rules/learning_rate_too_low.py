@@ -72,11 +72,12 @@ def learning_rate_too_low(
     if not traces or losses is None or rates is None or len(losses.means) < 4:
         return []
     top = max(rates.highs)
-    # a warm-up that is not over yet, or the end of a decay
-    if not top > 0 or not min(rates.lows[-1], rates.lows[len(rates.lows) // 2]) > (
-        t.steady_rate * top
-    ):
+    # the end of a decay, unless all that came before it is in sight as well
+    whole = losses.firsts[0] == 0
+    steady = min(rates.lows[-1], rates.lows[len(rates.lows) // 2]) > t.steady_rate * top
+    if not top > 0 or not (steady or whole):
         return []
+    # a warm-up that is not over yet
     if rates.highs[-1] > 1.02 * rates.highs[len(rates.highs) // 2]:
         return []
     moved = [(one, ratio) for one in traces if not math.isnan(ratio := middle(one.ratios))]

@@ -28,7 +28,7 @@ _SIGMOIDS = ("sigmoid", "hardsigmoid")
 class SaturatedActivation:
     """Thresholds of `saturated_activation`."""
 
-    max_share: float = field(default=0.5, metadata={"unit": "share of outputs at the ends"})
+    max_share: float = field(default=0.6, metadata={"unit": "share of outputs at the ends"})
     high_share: float = field(default=0.8, metadata={"unit": "share of outputs at the ends"})
     critical_share: float = field(default=0.95, metadata={"unit": "share of outputs at the ends"})
     min_rows: float = field(default=3, metadata={"unit": "rows in a row, up to the last"})

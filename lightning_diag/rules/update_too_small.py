@@ -76,6 +76,7 @@ def update_too_small(
     judged = [(one, _judge(one, gradients.get(one.component), thresholds)) for one in traces]
     tiny = [(one, rows) for one, (rows, kind) in judged if kind == "tiny"]
     rounded = [(one, rows) for one, (rows, kind) in judged if kind == "rounded"]
+    stopped = [(one, rows) for one, (rows, kind) in judged if kind == "stopped"]
     losses = training_losses(loss, metrics)
     known = [one for one in losses.means if not math.isnan(one)] if losses else []
     # the first window may have converged already: its highest loss is that of the start
@@ -94,6 +95,8 @@ def update_too_small(
                 alone = kind == "tiny" and _left_behind(one[0], traces, thresholds)
                 excused = learned and not alone
                 found.append(_finding(kind, [one], one[0].component, excused, thresholds))
+    if len(stopped) < len(traces):
+        found += [_finding("tiny", [one], one[0].component, False, thresholds) for one in stopped]
     return found
 
 
@@ -120,6 +123,9 @@ def _judge(trace: Updates, gradient: Trace | None, t: UpdateTooSmall) -> tuple[l
         zeros = 0.0 if math.isnan(zeros) else zeros
         if norms and max(norms) == 0.0:
             return [], ""
+    since = _stopped(rows, gradient)
+    if len(since) >= t.min_rows:
+        return since, "stopped"
     tiny = [step for step, ratio, _ in rows if ratio < t.min_ratio]
     if len(tiny) >= enough:
         # what moved once and stands still now has died or blown up, which is another matter
@@ -133,6 +139,19 @@ def _judge(trace: Updates, gradient: Trace | None, t: UpdateTooSmall) -> tuple[l
         and unchanged - zeros > t.unchanged * (1.0 - zeros)
     ]
     return (rounded, "rounded") if len(rounded) >= enough and gradient is not None else ([], "")
+
+
+def _stopped(rows: list[tuple[int, float, float]], gradient: Trace | None) -> list[int]:
+    """The last steps at which nothing moved at all, where it had moved and still has a gradient."""
+    if gradient is None:
+        return []
+    norms = dict(zip(gradient.steps, gradient.numbers("l2"), strict=True))
+    since: list[int] = []
+    for step, ratio, unchanged in reversed(rows):
+        if ratio != 0.0 or unchanged < 1.0 or not norms.get(step, math.nan) > 0:
+            break
+        since.insert(0, step)
+    return since if len(since) < len(rows) else []
 
 
 def _finding(

@@ -39,6 +39,7 @@ class Updates(NamedTuple):
         rates: Learning rate; NaN where unknown.
         unchanged: Share of elements that stayed the same; NaN where unknown.
         jumps: The update over its running median; NaN where there is no history.
+        sizes: Root mean square of the weights; NaN where unknown.
         elements: How many there are.
         from_zero: Whether its weights began at, or next to, zero.
     """
@@ -49,6 +50,7 @@ class Updates(NamedTuple):
     rates: list[float]
     unchanged: list[float]
     jumps: list[float]
+    sizes: list[float]
     elements: float
     from_zero: bool
 
@@ -81,6 +83,7 @@ def _trace(component: str, by_step: dict[int, list[dict[str, Any]]]) -> Updates:
         rates=[row["lr"] for row in rows],
         unchanged=[row["unchanged_share"] for row in rows],
         jumps=[row["jump"] for row in rows],
+        sizes=[row["weight_rms"] for row in rows],
         elements=max((row["count"] for row in rows), default=0.0),
         from_zero=bool(spread) and spread[0] < 0.1 * max(spread) and spread[0] < 3e-3,
     )

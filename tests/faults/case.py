@@ -86,7 +86,7 @@ class Case:
     @property
     def unseen(self) -> bool:
         """Whether it was written when the rules were done, and no threshold was chosen by it."""
-        return self.name.startswith("later_")
+        return self.name.startswith("fresh_")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # functions without a name do not travel between processes; names do

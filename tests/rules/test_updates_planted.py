@@ -203,16 +203,22 @@ def test_rate_with_which_nothing_moves():
     assert "1e-06" in finding.message
 
 
+WARMING_UP, DECAYING = np.linspace(1e-8, 1e-6, 200), 1e-6 * 0.97 ** np.arange(200)
+
+
 @pytest.mark.parametrize(
-    "rates",
-    [np.linspace(1e-8, 1e-6, 200), 1e-6 * 0.97 ** np.arange(200)],
-    ids=["warming up", "decaying"],
+    ("rates", "begins", "found"),
+    [(WARMING_UP, 0, False), (DECAYING, 0, True), (DECAYING, 1000, False)],
+    ids=["warming up", "decaying, all of it in sight", "decaying, after what is not in sight"],
 )
-def test_rate_that_is_not_at_its_height_is_not_too_low(rates):
+def test_rate_that_is_not_at_its_height(rates, begins, found):
     losses = falling(200, 1.4, 1.4)
     ratios = {"body": [2e-6] * 40, "head": [6e-6] * 40}
     rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
-    assert "learning_rate_too_low" not in alarms(MadeUpRun(rows))
+    for file in rows.values():
+        for row in file:
+            row |= {key: row[key] + begins for key in ("step", "first_step") if key in row}
+    assert ("learning_rate_too_low" in alarms(MadeUpRun(rows))) == found
 
 
 # ---- update_too_large, update_too_small ----
