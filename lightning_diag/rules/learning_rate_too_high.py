@@ -163,7 +163,8 @@ def _first_weights(update: "pl.DataFrame") -> tuple[float, float]:
 
     if not {"component", "step", "weight_l2", "weight_rms"} <= set(update.columns):
         return math.nan, math.nan
-    whole = update.filter(pl.col("component").is_null() & pl.col("weight_rms").is_not_null())
+    known = pl.col("weight_rms").is_not_null() & pl.col("weight_l2").is_not_null()
+    whole = update.filter(pl.col("component").is_null() & known)
     row = next(whole.head(1).iter_rows(named=True), None)
     return (math.nan, math.nan) if row is None else (row["weight_l2"], row["weight_rms"])
 

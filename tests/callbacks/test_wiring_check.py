@@ -663,3 +663,44 @@ class TestCost:
 
         fit(Plain(), [check(), Counts()], data(), tmp_path)
         assert set(counts) == {(0, 0, False)}
+
+
+class TestSevered:
+    """What ends a gradient is named, where the part behind it has none."""
+
+    @pytest.mark.parametrize(
+        ("cut", "place"),
+        [
+            (lambda x: F.one_hot(x.argmax(1), 8).float(), "argmax"),
+            (lambda x: torch.tensor(x.tolist()), "tolist"),
+            (lambda x: torch.from_numpy(x.detach().numpy().copy()), "detach"),
+            (lambda x: (20 * x).long().float(), "long"),
+        ],
+    )
+    def test_the_operation_is_named(self, tmp_path, cut, place):
+        class Chosen(Plain):
+            def forward(self, x):
+                return self.head(cut(self.encoder(x)))
+
+        found = only(findings(Chosen(), tmp_path), "critical")
+        assert found.rule == "detached_graph"
+        assert f"at `{place}`" in found.message
+
+    def test_a_part_whose_answer_nobody_takes_is_unused(self, tmp_path):
+        class Aside(Plain):
+            def make(self):
+                super().make()
+                self.aside = nn.Linear(8, 30)
+
+            def forward(self, x):
+                y = self.encoder(x)
+                self.aside(y)
+                return self.head(y)
+
+            def training_step(self, batch, batch_idx):
+                scores = self(batch[0])
+                self.log("accuracy", (scores.argmax(1) == batch[1]).float().mean())
+                return F.cross_entropy(scores, batch[1])
+
+        found = [one for one in findings(Aside(), tmp_path) if one.rank > 0]
+        assert [one.rule for one in found] == ["unused_parameter"]

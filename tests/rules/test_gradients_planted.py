@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lightning_diag.rules import diagnose
-from tests.rules.planted import component_row, noise, run_of, trace, whole_row
+from tests.rules.losses_made_up import loss_rows
+from tests.rules.planted import MadeUpRun, component_row, noise, run_of, trace, whole_row
 
 
 @pytest.fixture
@@ -269,3 +270,65 @@ def test_skipped_rows_are_no_evidence_of_anything(rng):
     rows += [*bad, whole_row(600, bad, skipped=1, scale=65536.0, skipped_total=1)]
     rows += [component_row(610, "encoder", 1.0), component_row(610, "head", 1.0)]
     assert not alarms(diagnose(run_of(rows)))
+
+
+# ---- explosions that are short, and values that are clipped ----
+
+
+def leap(after):
+    """A loss that leaps at step 120, and what is left of it."""
+    losses = np.full(300, 0.15)
+    losses[120:130] = 2e5
+    losses[130:] = after
+    return loss_rows(losses)
+
+
+@pytest.mark.parametrize(("after", "severity"), [(1.4, "critical"), (0.16, "info")])
+def test_one_row_counts_where_the_loss_has_not_come_back(rng, after, severity):
+    norms = {name: series[:30].copy() for name, series in healthy(rng).items()}
+    norms["encoder"][12] = 1e4
+    rows = {"grad": trace(norms), "loss": leap(after)}
+    found = diagnose(MadeUpRun(rows), on_error="raise")
+    (finding,) = [one for one in found if one.rule == "exploding_gradient"]
+    assert (finding.severity, finding.first_step) == (severity, 120)
+
+
+@pytest.mark.parametrize(("level", "found"), [(0.7, True), (0.1, False)])
+def test_first_step_that_ruined_the_run(level, found):
+    losses, norms = np.full(200, level), np.full(200, 0.7)
+    losses[:10], norms[0] = 0.71, 7.5e6
+    rows = {"loss": loss_rows(losses, norms=norms)}
+    findings = diagnose(MadeUpRun(rows), on_error="raise")
+    assert ("exploding_gradient" in alarms(findings)) == found
+    if found:
+        assert only(findings, "exploding_gradient").first_step == 0
+
+
+@pytest.mark.parametrize(("value", "found"), [(1e-5, True), (0.5, False)])
+def test_values_that_are_clipped_to_their_sign(rng, value, found):
+    rows = [
+        {**row, "rms": 0.02, "clip_value": value, "clip_algorithm": "value", "clipped": 1}
+        for row in trace(healthy(rng))
+    ]
+    findings = diagnose(run_of(rows), on_error="raise")
+    assert ("clipping_dominates" in alarms(findings)) == found
+    if found:
+        assert "what is left is its sign" in only(findings, "clipping_dominates").message
+
+
+def test_a_loss_that_rises_first_is_why_gradients_explode(rng):
+    norms = {name: series[:30].copy() for name, series in healthy(rng).items()}
+    losses = np.full(300, 0.15)
+    for index in range(13, 30):
+        norms["encoder"][index] = 10.0 ** (index - 10)
+        losses[10 * index - 20 : 10 * index - 10] = 2.0 ** (index - 10)
+    losses[280:] = 2.0**20
+    rows = {"grad": trace(norms), "loss": loss_rows(losses)}
+    findings = diagnose(MadeUpRun(rows), on_error="raise")
+    assert only(findings, "exploding_gradient").caused_by == "divergence"
+
+
+def test_a_single_number_is_not_accused(rng):
+    norms = {**healthy(rng), "embedding": noise(rng, 60, 3e-9)}
+    rows = trace(norms, counts={"embedding": 1})
+    assert not alarms(diagnose(run_of(rows), on_error="raise"))

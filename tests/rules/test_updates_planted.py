@@ -333,3 +333,99 @@ def test_cause_comes_first():
     losses = falling(200, 1.0, 1.0)
     rows = {"loss": windows(losses, rates=rates), "update": updates(ratios, rates=rates)}
     assert diagnose(MadeUpRun(rows))[0].rule == "scheduler_misuse"
+
+
+# ---- parts that have a rate of their own ----
+
+
+def test_a_part_whose_rate_is_far_above_that_of_the_others():
+    ratios = {"body": [2e-3] * 40, "neck": [2e-3] * 40, "head": [0.2] + [0.02] * 39}
+    rows = updates(ratios)
+    for row in rows:
+        if row["component"] == "head":
+            row["lr"] = 0.1
+    finding = only(MadeUpRun({"update": rows}), "learning_rate_too_high")
+    assert (finding.component, finding.first_step) == ("head", 4)
+    assert "is 0.1, where the other parts have 0.001" in finding.message
+
+
+@pytest.mark.parametrize(("rate", "ratio"), [(0.1, 0.02), (0.01, 0.2)], ids=["calm", "near"])
+def test_a_part_with_a_higher_rate_may_be_meant_so(rate, ratio):
+    ratios = {"body": [2e-3] * 40, "head": [ratio] + [0.005] * 39}
+    rows = updates(ratios)
+    for row in rows:
+        if row["component"] == "head":
+            row["lr"] = rate
+    assert "learning_rate_too_high" not in alarms(MadeUpRun({"update": rows}))
+
+
+def test_a_rate_that_leaps_explains_what_blows_up_elsewhere():
+    ratios = {"body": [1e-4] * 20 + [0.4] + [0.02] * 19, "head": [2e-3] * 40}
+    rates = np.where(np.arange(200) < 100, 1e-4, 0.5)
+    rows = updates(ratios, rates=rates)
+    for row in rows:
+        if row["component"] == "head":
+            row["lr"] = 1e-3
+    gradients = [
+        {"step": step, "component": name, "l2": 0.5 if step < 104 else 500.0, "count": 1000}
+        for step in range(4, 200, 5)
+        for name in (None, "head")
+    ]
+    found = diagnose(MadeUpRun({"update": rows, "grad": gradients}), on_error="raise")
+    assert (found[0].rule, found[0].component, found[0].first_step) == (
+        *("learning_rate_too_high", "body"),
+        104,
+    )
+    exploded = next(one for one in found if one.rule == "exploding_gradient")
+    assert exploded.caused_by == "learning_rate_too_high"
+
+
+def test_a_part_that_stops_in_mid_run_though_it_has_a_gradient():
+    share = [0.0] * 20 + [1.0] * 20
+    rows = updates({"body": [2e-3] * 20 + [0.0] * 20, "head": [2e-3] * 40}, unchanged_share=share)
+    for row in rows:
+        if row["component"] == "head":
+            row["unchanged_share"] = 0.0
+    gradients = [
+        {"step": step, "component": "body", "l2": 0.5, "count": 1000} for step in range(4, 200, 5)
+    ]
+    run = MadeUpRun({"update": rows, "grad": gradients})
+    finding = only(run, "update_too_small")
+    assert (finding.component, finding.first_step) == ("body", 104)
+    without = [{**row, "l2": 0.0} if row["step"] > 100 else row for row in gradients]
+    assert "update_too_small" not in alarms(MadeUpRun({"update": rows, "grad": without}))
+
+
+# ---- steps that have left nothing to measure ----
+
+
+@pytest.mark.parametrize(
+    ("rms", "rate", "norm", "found"),
+    [
+        (10.0, 1.0, 1.0, True),  # as the first step of RMSprop at that rate leaves them
+        (1.0, 10.0, 9.0, True),  # ten times nine, over weights of norm ten
+        (1.0, 10.0, 1e-6, False),  # there was no gradient to begin with
+        (0.1, 1e-3, 9.0, False),  # no such rate
+    ],
+)
+def test_first_steps_that_overwrote_the_weights(rms, rate, norm, found):
+    rows = updates({"body": [1e-9] * 40, "head": [2e-9] * 40}, rates=rate)
+    for row in rows:
+        row |= {"weight_rms": rms, "weight_l2": 10.0}
+    losses = np.full(200, 3.4657)
+    losses[0] = 4.4
+    run = MadeUpRun(
+        {"loss": windows(losses, rates=rate), "update": rows, "collapse": start(4.4, norm)}
+    )
+    assert ("learning_rate_too_high" in alarms(run)) == found
+
+
+def test_weights_that_their_decay_makes_fade_are_not_a_rate_that_is_too_high():
+    ratios = {"body": [0.1] * 40, "head": [0.1] * 40}
+    losses = 0.69 + 0.01 * np.random.default_rng(0).normal(size=200)
+    loss = windows(losses, rates=0.1)
+    rows = updates(ratios, rates=0.1)
+    assert "learning_rate_too_high" in alarms(MadeUpRun({"loss": loss, "update": rows}))
+    for row in rows:
+        row["weight_rms"] = 0.1 * 0.9 ** row["step"]
+    assert "learning_rate_too_high" not in alarms(MadeUpRun({"loss": loss, "update": rows}))

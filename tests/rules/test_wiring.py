@@ -260,3 +260,47 @@ def test_a_loss_that_is_constant_to_the_last_bit_is_no_cause_of_tiny_gradients()
     tiny = next(one for one in findings if one.rule == "vanishing_gradient")
     assert tiny.caused_by is None
     assert "detached_graph" in {one.rule for one in findings}
+
+
+def test_bad_data_between_two_looks_are_told_by_the_replay():
+    replay = {
+        "step": 120,
+        "reason": "data",
+        "tensor": "batch[0]",
+        "input_nan": 144,
+        "component": None,
+    }
+    run = MadeUpRun({"nonfinite": [replay], "loss": [], "wiring": [_ok("nonfinite_data", 99)]})
+    (found,) = diagnose(run, on_error="raise")
+    assert (found.rule, found.severity, found.first_step) == ("nonfinite_data", "critical", 120)
+    assert "144 elements" in found.message
+    other = MadeUpRun({"nonfinite": [{**replay, "reason": "op"}]})
+    assert not diagnose(other, on_error="raise")
+
+
+def _ok(check, step):
+    return {"step": step, "component": None, "check": check, "state": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more", "severity"),
+    [
+        ("SGD", {}, "warning"),
+        ("Adam", {}, "info"),
+        ("Adam", {"clip": 0.01}, "warning"),
+        ("Adam", {"late": True}, "warning"),
+    ],
+)
+def test_a_sum_under_adam_counts_where_it_does_harm(algorithm, more, severity):
+    row = {"check": "wrong_reduction", "state": "wrong", "kind": "sum", "at": "mse_loss"}
+    row |= {"component": None, "algorithm": algorithm, "samples": 32, "count": 512, "value": 1.0}
+    steps = (60, 80) if more.get("late") else (0, 20, 40, 60, 80)
+    rows = [_ok("wrong_reduction", step) for step in (0, 20, 40) if step not in steps]
+    rows += [{**row, "step": step} for step in steps]
+    grad = [
+        {"step": step, "component": None, "l2": 1.0, "clip_coefficient": more.get("clip", 1.0)}
+        for step in range(0, 90, 10)
+    ]
+    found = diagnose(MadeUpRun({"wiring": rows, "grad": grad}), on_error="raise")
+    (finding,) = [one for one in found if one.rule == "wrong_reduction"]
+    assert (finding.severity, finding.first_step) == (severity, steps[0])
