@@ -184,7 +184,8 @@ class WiringCheck(Diagnostic):
         if self._look is not None and "loss" not in self._look.numbers and not automatic:
             self._look.add("loss", loss)
         if self._look is not None and self._reductions is not None:
-            self._reductions.begins(loss, gradient_scaler(trainer))
+            sums = self._losses.sums if self._losses is not None else {}
+            self._reductions.begins(loss, gradient_scaler(trainer), sums)
         if not loss.requires_grad and not self._told_detached:
             self._told_detached = True
             where = self._forward.cuts if self._forward is not None else Cuts()
@@ -376,7 +377,7 @@ class WiringCheck(Diagnostic):
         if calls:
             look.add("calls", torch.stack([call.facts for call in calls]))
         reductions = self._reductions or Reductions(self.guarded)
-        look.add("reductions", reductions.weights())
+        look.add("reductions", reductions.numbers())
         for index, value in self._leftovers.values.items():
             look.add(f"left_{index}", value)
         look.rows += self._optimizer_rows(book)
@@ -393,8 +394,8 @@ class WiringCheck(Diagnostic):
             loss = read["loss"][0] if "loss" in read else None
             rows = look.rows + data_rows(look, read, loss)
             rows += loss_rows(calls, read)
-            weights = read.get("reductions", [])
-            rows += rows_of(reductions.found, weights, look.samples, parts, names[0])
+            numbers = read.get("reductions", [])
+            rows += rows_of(reductions.found, numbers, look.samples, parts, names[0])
             rows += self._value_rows(book, look, read)
             rows += self._left_rows(book, read, left, trainer)
             rows += self._loss_value_rows(read, loss, learning)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -123,12 +124,14 @@ class LossWatch:
     Attributes:
         calls: What was seen, the first few.
         everywhere: Whether every call could be seen.
+        sums: What sums to a single number gave, by their node in the graph.
         passed_by: Whether a loss function was called inside a transform of `torch.func`.
     """
 
     def __init__(self, guard: Guard, batch: Memories, severed: Severed | None = None) -> None:
         self.calls: list[LossCall] = []
         self.everywhere = False
+        self.sums: dict[Node, Tensor] = {}
         self.passed_by = False
         self._batch = batch
         self._begin = guard(self._called)
@@ -160,6 +163,8 @@ class LossWatch:
             self._finish(call, result)
         elif isinstance(result, Tensor):
             name = getattr(func, "__name__", "")
+            if name == "sum" and result.grad_fn is not None and result.numel() == 1:
+                self.sums[result.grad_fn] = result.detach()
             if name in _CONVERSIONS or name in _SUBTRACTIONS:
                 self._convert(name, args, result)
 

@@ -1,6 +1,6 @@
 """How a loss is made of its terms: as a mean, or as a sum that nobody divides."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -43,12 +43,14 @@ class Reduction:
         kind: ``"sum"`` or ``"mean"``.
         shape: Of what is reduced.
         weight: Derivative of the loss by the result, a tensor of one element, once it is known.
+        value: The result, where it is known.
     """
 
     at: str
     kind: str
     shape: tuple[int, ...]
     weight: Tensor | None = None
+    value: Tensor | None = None
 
     @property
     def terms(self) -> int:
@@ -75,26 +77,35 @@ class Reductions:
         self._scale: Tensor | None = None
         self._follow = guard(self._followed)
 
-    def begins(self, loss: Tensor, scaler: Any | None) -> None:
+    def begins(self, loss: Tensor, scaler: Any | None, sums: Mapping[Node, Tensor]) -> None:
         """A backward pass begins.
 
         Args:
             loss: Where it begins.
             scaler: The gradient scaler whose scale the loss has been multiplied by.
+            sums: What the sums of this step gave, by their node in the graph.
         """
-        self._follow(loss, scaler)
+        self._follow(loss, scaler, sums)
 
-    def weights(self) -> Tensor | None:
-        """The weights of those that are known, shape ``(n,)``, without the scaler's scale."""
+    def numbers(self) -> Tensor | None:
+        """The weights of those that are known, without the scaler's scale, then their values.
+
+        Returns:
+            Shape ``(2, n)``; a value that is not known is NaN. None where nothing is known.
+        """
         self.found = [one for one in self.found if one.weight is not None]
-        known = [one.weight.reshape(()).float() for one in self.found if one.weight is not None]
-        if not known:
+        weights = [one.weight.reshape(()).float() for one in self.found if one.weight is not None]
+        if not weights:
             return None
-        weights = torch.stack(known)
-        return weights if self._scale is None else weights / self._scale
+        unknown = weights[0].new_full((), torch.nan)
+        values = [
+            unknown if one.value is None else one.value.reshape(()).float() for one in self.found
+        ]
+        scale = 1.0 if self._scale is None else self._scale
+        return torch.stack([torch.stack(weights) / scale, torch.stack(values)])
 
     @torch.no_grad()
-    def _followed(self, loss: Tensor, scaler: Any | None) -> None:
+    def _followed(self, loss: Tensor, scaler: Any | None, sums: Mapping[Node, Tensor]) -> None:
         if loss.grad_fn is None or len(self.found) >= _MOST_FOUND:
             return
         if scaler is not None:
@@ -105,6 +116,7 @@ class Reductions:
             given = [one for one, _ in node.next_functions if one is not None]
             reduction = _reduction(node, given[0]) if given else None
             if reduction is not None:
+                reduction.value = sums.get(node)
                 self.found.append(reduction)
                 node.register_prehook(_keep(reduction))
                 continue
@@ -114,13 +126,13 @@ class Reductions:
 
 
 def rows_of(
-    found: Sequence[Reduction], weights: Sequence[float], samples: int, parts: int, optimizer: str
+    found: Sequence[Reduction], numbers: Sequence[float], samples: int, parts: int, optimizer: str
 ) -> list[Row]:
     """The rows of ``wrong_reduction``.
 
     Args:
         found: What was found.
-        weights: What each weighs in the loss.
+        numbers: What `Reductions.numbers` gave, one behind the other.
         samples: The size of the batch.
         parts: How many batches are accumulated, each of which has been divided by their number.
         optimizer: Name of the optimizer.
@@ -129,16 +141,18 @@ def rows_of(
     if not found:
         what = "no sum or mean was seen on the way to the loss"
         return [plain_row("wrong_reduction", "unknown", what)]
+    weights, values = numbers[: len(found)], numbers[len(found) :]
     together: dict[tuple[str, str, int], float] = {}
     for one, weight in zip(found, weights, strict=True):
         key = (one.at, one.kind, one.terms)
         together[key] = together.get(key, 0.0) + abs(weight) * parts
-    for one, weight in zip(found, weights, strict=True):
+    for one, weight, value in zip(found, weights, values, strict=True):
         whole = abs(weight) * parts
         # the two halves of a contrastive loss make one mean
         both = together[one.at, one.kind, one.terms]
         wrong = _is_wrong(one, whole, samples) or _is_wrong(one, both, samples)
-        state = "wrong" if wrong else "ok"
+        # a sum over what a mask has taken out altogether is divided by something else
+        state = "wrong" if wrong and value != 0 else "ok"
         row = plain_row("wrong_reduction", state, one.kind, at=one.at, algorithm=optimizer)
         row |= {"count": one.terms, "samples": samples}
         rows.append(row | {"value": number(whole)})
@@ -151,7 +165,7 @@ def _is_wrong(one: Reduction, weight: float, samples: int) -> bool:
     if one.kind == "sum":
         # the batch is the first dimension, or has been merged into it
         over_batch = bool(one.shape) and one.shape[0] % samples == 0
-        return over_batch and weight > _UNDIVIDED
+        return over_batch and _UNDIVIDED < weight < 1 / _UNDIVIDED
     counts = {samples, one.shape[0] if one.shape else 0, one.terms}
     return any(n >= _FEW_SAMPLES and abs(weight - n) <= _SLACK * n for n in counts)
 

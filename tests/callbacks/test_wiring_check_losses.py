@@ -248,6 +248,8 @@ class TestReduction:
             lambda x, y: 5 * F.cross_entropy(x, y),
             lambda x, y: (x - F.one_hot(y, CLASSES)).square().sum(1).mean(),
             lambda x, y: F.cross_entropy(x, y) + 3 * x.new_ones(CLASSES).sum(),
+            lambda x, y: F.cross_entropy(x, y) + (0 * x).sum() / (0 * x).sum().clamp(min=1),
+            lambda x, y: F.cross_entropy(x, y) + 200 * x.square().sum(),
             lambda x, y: torch.stack([F.cross_entropy(x[i : i + 2], y[:2]) for i in (0, 2)]).sum(),
         ],
     )
