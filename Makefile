@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 DOORS := tests/callbacks tests/promises tests/records
 
-.PHONY: help demo test lint bench faults reproduce clean
+.PHONY: help demo test lint bench faults reproduce pictures clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,9 +23,10 @@ help:
 	@echo "make bench   measure what the diagnostics cost; writes benchmarks/RESULTS.md"
 	@echo "make faults  train all planted faults and healthy runs; writes tests/faults/RESULTS.md"
 	@echo "make reproduce  train transformer, graph net and their fusion with three seeds each, and aggregate them"
+	@echo "make pictures  take the pictures of README.md anew, in headless Chromium (about 3 minutes)"
 	@echo "make clean   remove .venv, caches and build folders; runs/ stays"
 
-# what training and reporting need
+# what training, reporting and the live page need
 $(RUNS): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
@@ -34,7 +35,7 @@ $(RUNS): pyproject.toml constraints.txt
 	@echo "installing $(TORCH)"
 	@$(PIP) "$(TORCH)"
 	@echo "installing lightning-diag and what it runs on (a minute or so)"
-	@$(PIP) --constraint constraints.txt --editable '.[recipes]'
+	@$(PIP) --constraint constraints.txt --editable '.[recipes,monitor]'
 	@touch $@
 
 # what the tests need besides
@@ -45,6 +46,7 @@ $(READY): $(RUNS)
 
 # threads that wait asleep: on a machine that is busy, waiting in a loop makes a step ten times slower
 demo: $(RUNS)
+	@echo "to see it while it trains, in a second terminal: $(BIN)/lightning-diag monitor $(DEMO)"
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/lightning-diag train experiment=code_transformer callbacks=full run_dir=$(DEMO) \
 	  callbacks.gradient_health.every_n_steps=10
 	@$(BIN)/lightning-diag report $(DEMO) --no-fail
@@ -73,6 +75,10 @@ faults: $(READY)
 # nine runs; started again, it goes on where it was cut
 reproduce: $(RUNS)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m recipes.code.reproduce --out runs/reproduce
+
+# a run of two minutes, its live page and its report
+pictures: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pictures
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lightning_diag.callbacks.wiring_check import WiringCheck as WiringCheck
     from lightning_diag.components import Components as Components
     from lightning_diag.components import param_groups as param_groups
+    from lightning_diag.monitor import TrainingMonitor as TrainingMonitor
     from lightning_diag.records import RunLogger as RunLogger
     from lightning_diag.records import read_run as read_run
+    from lightning_diag.report.logged_charts import log_charts as log_charts
     from lightning_diag.rules import diagnose as diagnose
     from lightning_diag.suites import suite as suite
     from lightning_diag.tuning.batch_size import profile_batch_sizes as profile_batch_sizes
@@ -39,9 +41,11 @@ _HOMES = {
     "LRCache": "lightning_diag.callbacks.lr_cache",
     "LatentStats": "lightning_diag.callbacks.latent_stats",
     "RunLogger": "lightning_diag.records",
+    "TrainingMonitor": "lightning_diag.monitor",
     "UpdateRatio": "lightning_diag.callbacks.update_ratio",
     "WiringCheck": "lightning_diag.callbacks.wiring_check",
     "diagnose": "lightning_diag.rules",
+    "log_charts": "lightning_diag.report.logged_charts",
     "param_groups": "lightning_diag.components",
     "profile_batch_sizes": "lightning_diag.tuning.batch_size",
     "read_run": "lightning_diag.records",
@@ -61,9 +65,11 @@ __all__ = [
     "LRCache",
     "LatentStats",
     "RunLogger",
+    "TrainingMonitor",
     "UpdateRatio",
     "WiringCheck",
     "diagnose",
+    "log_charts",
     "param_groups",
     "profile_batch_sizes",
     "read_run",

@@ -1,8 +1,12 @@
-"""Whatever a run leaves on disk, and whatever has a public name, is explained in README.md."""
+"""Is README.md true? All names are explained in it, and what it shows can be run as it stands."""
 
 import ast
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,7 +42,8 @@ from lightning_diag.suites import SUITES
 from tests.promises.networks import Classifier, TwoOptimizers, batches
 from tests.strangers.projects import LENGTH, Autoencoder, Bert, digits, loader, sentences
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 EVERYWHERE = {"step", "epoch", "time", "attempt", "component"}
@@ -64,7 +69,9 @@ def section(title: str) -> str:
 BLOCKS = {
     name: first_cells(text)
     for name, text in re.findall(
-        r"<details><summary>The columns of (\w+)\.jsonl</summary>(.*?)</details>", README, re.S
+        r"<details><summary>The columns of (\w+)\.jsonl</summary>(.*?)</details>",
+        section("What is in a run"),
+        re.S,
     )
 }
 FILES = first_cells(section("What is in a run"))
@@ -104,8 +111,10 @@ class Miswired(Classifier):
 
 
 def diagnostics(**options: dict[str, object]) -> list[Diagnostic]:
-    """All of them, with everything on that adds rows."""
-    made = {
+    """All of them, with everything on that adds rows; HealthAlerts last, since it reads others'."""
+    made = {kind: {} for name in CLASSES if (kind := getattr(lightning_diag, name))}
+    made.pop(HealthAlerts)
+    made |= {
         GradientHealth: {"zeros_every": 1, "per_parameter": True, "histogram": True},
         WiringCheck: {},
         CollapseStop: {"every_n_steps": 1},
@@ -280,3 +289,183 @@ def test_the_examples_are_python() -> None:
     assert examples
     for example in examples:
         ast.parse(example)
+
+
+def test_what_it_links_to_is_there() -> None:
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", README, flags=re.S), re.M)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    targets = set(re.findall(r"\]\(([^)\s]+)\)", README))
+    inside = {target[1:] for target in targets if target.startswith("#")}
+    files = {target for target in targets if not target.startswith(("#", "https://"))}
+
+    assert inside
+    assert inside - anchors == set()
+    assert [name for name in sorted(files) if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("name", ["page", "report"])
+def test_the_pictures_are_small(name: str) -> None:
+    file = ROOT / "benchmarks" / f"{name}.png"
+
+    assert f"](benchmarks/{name}.png)" in README
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_size < 300_000
+
+
+def test_pictures_without_a_browser_are_refused(tmp_path: Path) -> None:
+    done = run([sys.executable, "-m", "benchmarks.pictures"], tmp_path, PATH=str(tmp_path))
+
+    assert done.returncode == 1
+    assert "Pictures need a browser on the PATH" in done.stderr
+    assert "apt-get install chromium" in done.stderr
+
+
+def test_every_command_is_described_and_there() -> None:
+    from typer.main import get_command
+
+    from lightning_diag.cli import app
+
+    there = set(get_command(app).commands)
+    table = section("The command")
+    described = {word for cell in first_cells(table) for word in re.findall(r"^[\w-]+", cell)}
+    named = set(re.findall(r"lightning-diag ([a-z][\w-]*)", README))
+
+    assert there - described == set()
+    assert named - there == set()
+
+
+def test_every_target_of_make_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.M))
+
+    assert set(re.findall(r"(?:^ {4}|`)make ([a-z]+)", README, re.M)) <= targets
+    assert targets <= set(re.findall(r"make ([a-z]+) ", makefile)) | {"help"}
+
+
+@pytest.mark.parametrize("name", sorted(set(SUITES["full"])))
+def test_costs_are_those_that_were_measured(name: str) -> None:
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    line = next(line for line in section("What it measures").splitlines() if f"| `{name}`" in line)
+    own, share = [cell.strip() for cell in line.split("|")][-3:-1]
+
+    assert re.search(rf"\| {name} +\| [^|]+\| {re.escape(own)} +\|", results)
+    assert f"{name} {share.replace(' ', '')}" in results
+
+
+# ---- as a stranger would ----
+
+
+def run(
+    command: list[str], folder: Path, home: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A command in a folder, by the code of `home`."""
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_script_runs_and_its_fault_is_found(tmp_path: Path) -> None:
+    script = re.search(r"```python\n(import torch\n.*?)```", section("In your own project"), re.S)
+    assert script
+    short = script[1].replace("max_epochs=100", "max_epochs=5")
+    assert short != script[1]
+    (tmp_path / "mine.py").write_text(short, encoding="utf-8")
+    trained = run([sys.executable, "mine.py"], tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+    command = [sys.executable, "-m", "lightning_diag.cli", "report", "runs/mine"]
+    reported = run(command, tmp_path)
+
+    assert reported.returncode == 3, reported.stderr
+    assert "Unoptimized parameter: encoder" in trained.stdout + trained.stderr
+    assert "Unoptimized parameter: encoder" in reported.stdout
+    assert "96.2%" in reported.stdout
+    assert (tmp_path / "runs/mine/analysis/report.html").is_file()
+
+
+# lines of the walk-through, and what stands before them in the files that they go into
+PLACES = (
+    ("lightning_diag/__init__.py", 4, "AttentionCapture as AttentionCapture\n"),
+    ("lightning_diag/__init__.py", 4, '"lightning_diag.callbacks.attention_capture",\n'),
+    ("lightning_diag/__init__.py", 4, '    "AttentionCapture",\n'),
+    ("tests/promises/cases.py", 4, "    AttentionCapture,\n"),
+    ("tests/promises/cases.py", 4, "\nDIAGNOSTICS = {\n"),
+    ("README.md", 0, "| `AttentionCapture` | Where does attention go, head by head?"),
+    ("README.md", 0, "| `records/metrics.jsonl` |"),
+    ("lightning_diag/rules/diagnosis.py", 0, "import outputs as outputs\n"),
+    ("lightning_diag/rules/causal_order.py", 4, "    # settings\n"),
+    ("README.md", 0, "| `overfitting` |"),
+    ("tests/faults/trial.py", 4, "    AttentionCapture,\n"),
+    ("tests/faults/trial.py", 8, '        LatentStats(every_n_steps=10, on_error="raise"),\n'),
+)
+
+
+def lines_to_add() -> list[str]:
+    """The lines of the walk-through for files that are there, in the order of `PLACES`."""
+    text = section("Contributing")
+    own = "`(?:BatchRepeats|records/repeats.jsonl|repeated_samples)`"
+    rows = re.findall(rf"^\| {own} \|.*$", text, re.M)
+    table = re.findall(rf"^\| (?!{own}).* \| `([^`]+)` \|$", text, re.M)
+    return [*table[:5], *rows[:2], *table[5:7], *rows[2:], *table[7:]]
+
+
+def stranger(folder: Path) -> list[str]:
+    """A copy of the checkout to which the walk-through was applied; the files that it brought."""
+    for name in ("lightning_diag", "conf", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    block = r"<summary><code>([\w/.]+)</code></summary>\s+```\w+\n(.*?)```"
+    brought = re.findall(block, section("Contributing"), re.S)
+    for name, code in brought:
+        assert not (folder / name).exists(), name
+        (folder / name).write_text(code, encoding="utf-8")
+    for (name, indent, before), line in zip(PLACES, lines_to_add(), strict=True):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert before in text, (name, before)
+        head, _, rest = text.partition(before)
+        if not before.endswith("\n"):
+            ending, _, rest = rest.partition("\n")
+            before += ending + "\n"
+        added = head + before + " " * indent + line + "\n" + rest
+        (folder / name).write_text(added, encoding="utf-8")
+    columns = re.search(r"```markdown\n.*?(<details>.*?</details>)\n```", README, re.S)
+    assert columns
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    first = "<details><summary>The columns of grad.jsonl"
+    (folder / "README.md").write_text(text.replace(first, f"{columns[1]}\n\n{first}"))
+    return [name for name, _ in brought]
+
+
+@pytest.mark.slow
+def test_the_walk_through_adds_a_diagnostic_a_rule_and_a_fault(tmp_path: Path) -> None:
+    brought = stranger(tmp_path)
+    files = [name for name in brought if name.endswith(".py")]
+    assert len(brought) == 8
+
+    python = [sys.executable, "-m"]
+    chosen = ["BatchRepeats", "batch_repeats", "repeated_samples", "repeats.py", "yaml"]
+    for command in (
+        ["ruff", "check", "--no-cache", *files],
+        ["ruff", "format", "--check", "--no-cache", *files],
+        ["pytest", "-q", "--doctest-modules", *[name for name in files if "batch" in name]],
+        [
+            *("pytest", "-q", "-k", " or ".join(chosen), "tests/test_layout.py"),
+            *("tests/test_readme.py", "tests/rules/test_diagnosis.py"),
+            "tests/promises/test_invisible.py",
+        ],
+    ):
+        done = run([*python, *command], tmp_path, tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    case = ["tests.faults", "copies_for_an_augmentation_that_is_off", "--processes", "1"]
+    done = run([*python, *case], tmp_path, tmp_path)
+
+    assert re.search(r"copies_for_an_augmentation_that_is_off +\w+ +right", done.stdout), done

@@ -380,6 +380,7 @@ class Diagnostic(Callback):
                 info={
                     "world_size": trainer.world_size,
                     "planned_steps": planned_steps(trainer, automatic=automatic),
+                    "automatic_optimization": automatic,
                 },
                 positions=self._resumed.get("positions") if same else None,
             )

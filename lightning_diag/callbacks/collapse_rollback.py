@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy, deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 __all__ = ["Snapshot", "cut_learning_rates", "nonfinite_entries"]
@@ -132,8 +134,11 @@ def nonfinite_entries(weights: Mapping[str, Any]) -> Tensor:
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+    parameters = module.named_parameters(remove_duplicate=False)
+    for name, tensor in chain(parameters, module.named_buffers(remove_duplicate=False)):
+        # one that no forward has reached yet has no numbers
+        if not is_lazy(tensor):
+            yield name, tensor
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -194,7 +199,9 @@ def _leaves(value: Any) -> Iterator[Tensor]:
 
 
 def _has_numbers(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    if not isinstance(value, Tensor) or is_lazy(value):
+        return False
+    return value.is_floating_point() or value.is_complex()
 
 
 def _is_finite(tensor: Tensor) -> bool:

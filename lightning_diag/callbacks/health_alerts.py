@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_diag.callbacks.base import Diagnostic, Interval, OnError, Row
 from lightning_diag.callbacks.health_channels import say, send
+from lightning_diag.callbacks.health_charts import Charts, are_wanted, give_charts
 from lightning_diag.callbacks.run import run_logger
 from lightning_diag.lightning import LightningModule, Trainer
 from lightning_diag.records.live_rows import LiveRows
@@ -37,15 +38,20 @@ class HealthAlerts(Diagnostic):
     their rows one look later.
 
     Args:
-        every_n_steps: Optimizer steps between two looks, or ``"auto"``.
+        every_n_steps: Optimizer steps between two looks, or ``"auto"``: as often as
+            `overhead_budget` allows, since a look takes as long whatever a step takes.
         severity: The mildest findings that are said: ``"info"``, ``"warning"`` or ``"critical"``.
         clear_after: Looks, and measurements, without a finding before it is cleared.
         history_rows: Rows of each record file that the rules see, the latest.
         thresholds: ``{rule id: {threshold: number}}`` in place of the defaults.
         console: Whether to print findings.
-        loggers: Whether to send findings to W&B (``alert``) and TensorBoard (``add_text``).
+        loggers: Whether to send findings to W&B (``alert``), TensorBoard (``add_text``) and MLflow
+            (``log_text``).
+        charts: Whether these get the charts of the report, as pictures, when training has ended,
+            which takes some seconds; ``"auto"``: where that is within `overhead_budget`. Needs
+            Pillow.
         on_error: ``"warn"`` ends the diagnostic with a warning, ``"raise"`` lets the exception out.
-        overhead_budget: Share of training time that ``"auto"`` may spend.
+        overhead_budget: Share of training time that ``"auto"`` may spend, on looks or on charts.
 
     Raises:
         TypeError: If a threshold is no number.
@@ -72,13 +78,14 @@ class HealthAlerts(Diagnostic):
 
     def __init__(
         self,
-        every_n_steps: Interval = 50,
+        every_n_steps: Interval = "auto",
         severity: Severity = "warning",
         clear_after: int = 3,
         history_rows: int = 1000,
         thresholds: Mapping[str, Any] | None = None,
         console: bool = True,
         loggers: bool = True,
+        charts: Charts = "auto",
         on_error: OnError = "warn",
         overhead_budget: float = 0.01,
     ) -> None:
@@ -86,6 +93,8 @@ class HealthAlerts(Diagnostic):
             raise ValueError(f"`severity` must be one of {SEVERITIES}, got {severity!r}.")
         if history_rows < 1:
             raise ValueError(f"`history_rows` must be at least 1, got {history_rows}.")
+        if not (isinstance(charts, bool) or charts == "auto"):
+            raise ValueError(f'`charts` must be true, false or "auto", got {charts!r}.')
         Ledger(clear_after)
         resolve_thresholds(thresholds)
         self.severity: Severity = severity
@@ -94,6 +103,7 @@ class HealthAlerts(Diagnostic):
         self.thresholds = thresholds
         self.console = console
         self.loggers = loggers
+        self.charts: Charts = charts
         self._live: LiveRows | None = None
         self._silence: Callable[[], None] | None = None
         super().__init__(
@@ -131,6 +141,15 @@ class HealthAlerts(Diagnostic):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._look(trainer, self.step_of(trainer))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # the last checkpoint is written: whoever breaks this off loses pictures alone
+        super().on_fit_end(trainer, pl_module)
+        wanted = are_wanted(self.charts, self._clock.elapsed, self.overhead_budget)
+        if wanted and self._live is not None:
+            said = give_charts(trainer)
+            if said is not None:
+                self.note(trainer, *said)
 
     def release(self) -> None:
         super().release()

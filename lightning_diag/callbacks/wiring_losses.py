@@ -25,7 +25,7 @@ from lightning_diag.functional.wiring_check import (
     target_facts,
 )
 
-__all__ = ["FACTS", "LossCall", "LossWatch"]
+__all__ = ["DIFFERENCES", "FACTS", "LossCall", "LossWatch"]
 
 FACTS = (
     *("low", "high", "sum_off", "log_off", "valid", "target_low", "target_high"),
@@ -34,16 +34,20 @@ FACTS = (
 )
 
 _CALLS = 4
-_DIFFERENCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
-_KINDS = ("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits")
+DIFFERENCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+_KINDS = (
+    *("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    "kl_div",
+)
 # scores from which on the answer is yes
 _THRESHOLDS = {"binary_cross_entropy": 0.5, "binary_cross_entropy_with_logits": 0.0}
 _SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
-    getattr(F, name): inspect.signature(getattr(F, name)) for name in (*_KINDS, *_DIFFERENCES)
+    getattr(F, name): inspect.signature(getattr(F, name)) for name in (*_KINDS, *DIFFERENCES)
 }
 _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
+    nn.KLDivLoss: F.kl_div,
     nn.BCELoss: F.binary_cross_entropy,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
     nn.MSELoss: F.mse_loss,
@@ -71,7 +75,7 @@ _SHIFTS = ("masked_fill", "where", "sub", "__rsub__", "add", "mul", "div")
 _CONVERSIONS = frozenset((*_CASTS, *_VIEWS, *_MOVES, *_SHIFTS))
 _SHAPES = (
     *("View", "Reshape", "UnsafeView", "Squeeze", "Unsqueeze", "Slice", "Select", "Transpose"),
-    *("Permute", "T", "Expand", "ToCopy", "Clone", "Alias"),
+    *("Permute", "TBackward", "Expand", "ToCopy", "Clone", "Alias"),
 )
 _SUBTRACTIONS = frozenset(("sub", "__sub__", "__rsub__", "rsub", "subtract"))
 
@@ -105,7 +109,7 @@ class LossCall:
     @property
     def grows(self) -> bool:
         """Whether each prediction is compared with the targets of others."""
-        differs = self.kind in (*_DIFFERENCES, "subtraction")
+        differs = self.kind in (*DIFFERENCES, "subtraction")
         return differs and broadcast_grows(self.shape, self.target_shape)
 
 

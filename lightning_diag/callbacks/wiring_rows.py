@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_diag.callbacks.base import Row
 from lightning_diag.callbacks.segments import number
-from lightning_diag.callbacks.wiring_losses import FACTS, LossCall
+from lightning_diag.callbacks.wiring_losses import DIFFERENCES, FACTS, LossCall
 from lightning_diag.callbacks.wiring_parameters import Book, Subject, listed
 from lightning_diag.functional.wiring_check import DATA_FACTS
 
@@ -20,6 +20,9 @@ _UNSCALED_RMS = 50.0
 _FEW_LABELS = 4
 _FEW_SAMPLES = 8
 _CONSTANT = 1e-4
+# what an activation can give at the least; at the most it is 1
+_ENDS = {"Tanh": -1.0, "Sigmoid": 0.0, "Softmax": 0.0}
+_REACH = 0.5
 _NO_LOSS = "no loss function of torch.nn.functional was seen"
 
 
@@ -179,6 +182,13 @@ def _mismatch(call: LossCall, facts: Mapping[str, float]) -> str | None:
         return "out of range"
     if call.kind == "nll_loss" and (facts["high"] > slack or facts["log_off"] > 0.1):
         return "not log-probabilities"
+    if call.kind == "kl_div" and facts["high"] > slack:
+        return "not log-probabilities"
+    if call.kind in DIFFERENCES:
+        for name, lowest in _ENDS.items():
+            beyond = high > 1 + _REACH or low < lowest - _REACH
+            if call.made_by.startswith(name) and beyond and call.from_batch:
+                return "out of reach"
     return None
 
 

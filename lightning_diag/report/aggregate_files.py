@@ -7,6 +7,7 @@ from lightning_diag.records.files import write_bytes, write_json, write_text
 from lightning_diag.report.aggregate import Summary, aggregate
 from lightning_diag.report.aggregate_chart import comparison_chart
 from lightning_diag.report.aggregate_page import aggregate_page
+from lightning_diag.report.page_parts import writable
 
 __all__ = ["write_aggregate"]
 
@@ -32,6 +33,14 @@ def write_aggregate(
     """
     summary = aggregate(folder, metric)
     out = Path(folder) / "production_summary"
+    try:
+        return summary, _write(summary, out)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"`{out}` must be a folder that takes files, got: {reason}.") from error
+
+
+def _write(summary: Summary, out: Path) -> dict[str, Path]:
     picture = _png(summary)
     files = {}
     if picture is not None:
@@ -42,7 +51,7 @@ def write_aggregate(
     files["production_report.md"] = out / "production_report.md"
     page = aggregate_page(summary, _PICTURE if picture is not None else None)
     write_text(files["production_report.md"], page)
-    return summary, files
+    return files
 
 
 def _png(summary: Summary) -> bytes | None:
@@ -53,7 +62,7 @@ def _png(summary: Summary) -> bytes | None:
 
         version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
         # validating every point against the schema takes longer than drawing it
-        spec: dict[str, Any] = comparison_chart(summary).to_dict(validate=False)
+        spec: dict[str, Any] = writable(comparison_chart(summary).to_dict(validate=False))
         picture: bytes = vl_convert.vegalite_to_png(spec, vl_version=version, scale=1.25)
     except Exception:
         return None

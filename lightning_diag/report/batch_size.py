@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_diag.report.page_parts import writable
 from lightning_diag.report.theme import WARNING, chart_config
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def batch_size_picture(chart: Chart) -> bytes:
     import vl_convert
 
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    picture: bytes = vl_convert.vegalite_to_png(chart.to_dict(), vl_version=version, scale=2)
+    spec: dict[str, Any] = writable(chart.to_dict())
+    picture: bytes = vl_convert.vegalite_to_png(spec, vl_version=version, scale=2)
     return picture
 
 

@@ -239,6 +239,8 @@ def _panel(label: str, curves: list[Curve], steps: list[int]) -> Chart:
 
     logarithmic = label == "loss" and all(curve.wide for curve in curves)
     scale = alt.Scale(type="log") if logarithmic else alt.Scale(zero=False)
+    if not any(curve.points for curve in curves):
+        scale = alt.Scale(domain=[0, 1])  # nothing but marks of what was lost
     x = _step_axis(steps)
     title = f"{label}, log scale" if logarithmic else label
     y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(format="~g", tickCount=5))

@@ -16,6 +16,7 @@ from lightning_diag.report.comparison_settings import (
     compared_configurations,
     compared_environments,
 )
+from lightning_diag.report.looked import looked_at
 from lightning_diag.report.norms import measured_steps
 from lightning_diag.report.overhead import overheads
 from lightning_diag.report.verdict import Verdict, judge
@@ -213,7 +214,7 @@ def _names(before: "Run", after: "Run") -> tuple[str, str]:
 def _seen(name: str, run: "Run", findings: Sequence[Any]) -> Side:
     info = run.info
     measured = measured_steps(run.frame("grad"))
-    verdict = judge(findings, measured, info)
+    verdict = judge(findings, measured, info, looked_at(run))
     lasts = [run.frame(prefix)["step"].max() for prefix in run.prefixes]
     steps = [int(last) for last in lasts if isinstance(last, (int, float))]
     return Side(

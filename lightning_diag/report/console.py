@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from lightning_diag.report.groups import Group, grouped
+from lightning_diag.report.issue_words import since, what_is_wrong
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.section import Section, Table
 from lightning_diag.report.words import override_words, short, step_words
@@ -11,6 +13,7 @@ from lightning_diag.rules.finding import Finding
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 __all__ = ["print_summary"]
 
@@ -43,12 +46,12 @@ def print_summary(report: Report, console: "Console") -> None:
     for cost in report.overheads:
         if cost.share is not None:
             console.print(Text(f"{cost.diagnostic} took {cost.share:.2%} of training.", "dim"))
-    grave = [one for one in report.findings if one.rank > 0]
-    if grave:
+    groups = grouped(report.findings)
+    if groups:
         console.rule("Findings", align="left")
-    for number, one in enumerate(grave, start=1):
-        console.print(_finding(number, one))
-    notes = len(report.findings) - len(grave)
+    for number, group in enumerate(groups, start=1):
+        console.print(_group(number, group))
+    notes = sum(one.rank == 0 for one in report.findings)
     if notes:
         console.print(Text(f"{notes} more noted in the report, none of them an alarm.", "dim"))
     page = report.files["report.html"]
@@ -126,20 +129,28 @@ def _table(components: list[ComponentNorms], *, wide: bool) -> object:
     return table
 
 
-def _finding(number: int, one: Finding) -> object:
+def _group(number: int, group: Group) -> object:
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
 
+    one, severity = group.first, group.severity
     steps = step_words(one.first_step, one.last_step)
     head = Text(f"{number}. ")
-    head.append(f"{one.severity.upper()} ", _COLOURS[one.severity])
+    head.append(f"{severity.upper()} ", _COLOURS[severity])
     head.append(f"{one.issue}: {one.component or WHOLE}", "bold")
     head.append(f" ({steps})" if steps else "", "dim")
     lines = [Text(one.message)]
-    if one.caused_by:
-        lines.append(Text(f"Probably caused by: {one.caused_by.replace('_', ' ')}."))
     lines.append(Text(f"Try: {one.suggestion}"))
     if one.overrides:
         lines.append(Text(override_words(one.overrides), "green"))
+    lines += [_brief("The same", other) for other in group.elsewhere]
+    lines += [_brief("Consequence", effect) for effect in group.consequences]
     return Group(head, Padding(Group(*lines), (0, 0, 1, 3)))
+
+
+def _brief(what: str, one: Finding) -> "Text":
+    from rich.text import Text
+
+    when = f", {known}" if (known := since(one)) else ""
+    return Text(f"{what}: {what_is_wrong(one).replace('`', '')}{when}.", "dim")

@@ -1,16 +1,21 @@
 """report.html: one file that needs neither network nor server."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.records.json_safe import json_safe
+from lightning_diag.report.groups import grouped
+from lightning_diag.report.looked import looked_at
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.overhead import Overhead
+from lightning_diag.report.page_markup import TEMPLATE
 from lightning_diag.report.page_parts import figure, page_template, themes, vega_bundle
-from lightning_diag.report.page_template import SCRIPT, STYLE, TEMPLATE
+from lightning_diag.report.page_template import SCRIPT, STYLE
 from lightning_diag.report.section import Section
+from lightning_diag.report.sections.questions import QUESTIONS
 from lightning_diag.report.verdict import Verdict
 from lightning_diag.report.words import flatten
 from lightning_diag.rules.finding import Finding
@@ -18,10 +23,16 @@ from lightning_diag.rules.finding import Finding
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
 
-__all__ = ["html_page", "vega_bundle"]
+__all__ = ["EVIDENCE", "FIRST", "html_page", "vega_bundle"]
 
-_FIRST = 3  # findings on the first screen
+FIRST = 3
+"""Findings on the first screen, each with its evidence."""
+
+EVIDENCE = "evidence_"
+"""Beginning of the names of their charts, followed by the number of the finding."""
+
 _NOTES = 200
+_SHOWN = 4  # consequences named without opening them
 
 
 def html_page(
@@ -46,20 +57,23 @@ def html_page(
         costs: Cost of each diagnostic.
         sections: What the other diagnostics have to say.
         charts: Vega-Lite specifications by name.
-        pictures: PNG pictures of the same charts.
+        pictures: SVG or PNG pictures of the same charts.
     """
-    grave = [one for one in findings if one.rank > 0]
+    groups = grouped(findings)
     figures = {name: figure(name, spec, pictures[name]) for name, spec in charts.items()}
-    elsewhere = {name for section in sections for name in section.charts}
     page: str = page_template(TEMPLATE).render(
         title=run.path.resolve().name or "run",
         verdict=verdict,
-        first=grave[:_FIRST],
-        more=grave[_FIRST:],
+        first=groups[:FIRST],
+        more=groups[FIRST:],
+        evidence=EVIDENCE,
+        shown=_SHOWN,
+        command=_command(run, findings),
+        until=looked_at(run).last,
         noted=[one for one in findings if one.rank == 0],
         figures=figures,
-        first_figures=[figures[name] for name in charts if name not in elsewhere],
-        sections=sections,
+        questions=[one for one in sections if one.title == QUESTIONS],
+        sections=[one for one in sections if one.title != QUESTIONS],
         components=components,
         costs=costs,
         notes=_notes(run),
@@ -75,6 +89,13 @@ def html_page(
         whole=WHOLE,
     )
     return page
+
+
+def _command(run: "Run", findings: Sequence[Finding]) -> str:
+    """What writes an experiment with all overrides; empty where there is none."""
+    if not any(one.overrides for one in findings if one.rank > 0):
+        return ""
+    return shlex.join(["lightning-diag", "report", str(run.path), "--apply", "fixed.yaml"])
 
 
 def _notes(run: "Run") -> list[dict[str, Any]]:

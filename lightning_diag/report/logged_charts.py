@@ -1,20 +1,21 @@
 """The charts of a run for the loggers that take pictures."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.records.read_run import Run, read_run
 from lightning_diag.report.charts import gradient_flow, training
+from lightning_diag.report.page_parts import drawn
 from lightning_diag.report.sections import sections
-from lightning_diag.report.write_report import chart_png
 from lightning_diag.rules import diagnose
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["log_charts"]
+__all__ = ["log_charts", "takes_charts"]
 
 _KEY = "charts"
 _ABOUT_THE_END = ("health", "health_alert", "notes", "overhead")  # written after the last step
@@ -37,11 +38,15 @@ def log_charts(run: str | Path | Run, loggers: Iterable[Any]) -> list[str]:
     takers = [(one, kind) for one in loggers if (kind := _kind(one)) is not None]
     if not takers:
         return []
+    if find_spec("PIL") is None:
+        return ["The charts need Pillow: pip install 'lightning-diag[monitor]'."]
     failed: list[str] = []
     try:
         read = run if isinstance(run, Run) else read_run(run)
         step, pictures = _last_step(read), _pictures(read, failed)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # so call themselves the errors of what is written in Rust
         return [f"The charts could not be drawn: {type(error).__name__}: {error}"]
     for logger, kind in takers:
         try:
@@ -50,6 +55,11 @@ def log_charts(run: str | Path | Run, loggers: Iterable[Any]) -> list[str]:
         except Exception as error:
             failed.append(f"{kind} took no chart: {type(error).__name__}: {error}")
     return failed
+
+
+def takes_charts(logger: object) -> bool:
+    """Whether `log_charts` has a way to give pictures to a logger."""
+    return _kind(logger) is not None
 
 
 def _kind(logger: object) -> str | None:
@@ -61,17 +71,22 @@ def _kind(logger: object) -> str | None:
 def _pictures(run: Run, failed: list[str]) -> "dict[str, Image]":
     from PIL import Image
 
-    charts = {"gradient_flow": gradient_flow(run, diagnose(run)), "training": training(run)}
+    there, charts = set(run.prefixes), {}
+    if "grad" in there:
+        charts["gradient_flow"] = gradient_flow(run, diagnose(run))
+    if there & {"metrics", "loss"}:
+        charts["training"] = training(run)
     for section in sections(run):
         charts |= section.charts
-    drawn = {}
+    pictures = {}
     for name, chart in charts.items():
         try:
-            picture = chart_png(chart.to_dict(validate=False))
-            drawn[name] = Image.open(BytesIO(picture)).convert("RGB")
-        except Exception as error:
+            pictures[name] = Image.open(BytesIO(drawn(chart)[1])).convert("RGB")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
             failed.append(f"The chart {name} could not be drawn: {type(error).__name__}.")
-    return drawn
+    return pictures
 
 
 def _last_step(run: Run) -> int:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_diag.report.groups import Group, grouped
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.overhead import Overhead
 from lightning_diag.report.section import Section, Table
@@ -28,16 +29,17 @@ def markdown_page(
     """The report as Markdown; names out of the run are escaped."""
     parts = [
         f"# {_plain(run.path.resolve().name)}",
-        f"**{verdict.headline}** {_prose(verdict.sentence)}",
+        f"**{_plain(verdict.headline)}** {_prose(verdict.sentence)}",
     ]
-    grave = [one for one in findings if one.rank > 0]
+    groups = grouped(findings)
     notes = [one for one in findings if one.rank == 0]
-    if grave:
-        parts += ["## What to do", *(_finding(i, one) for i, one in enumerate(grave, start=1))]
+    if groups:
+        told = (_group(number, one) for number, one in enumerate(groups, start=1))
+        parts += ["## What is wrong, and what to try", *told]
     parts += [
         "## Charts",
-        "![Gradient norm by component](gradient_flow.png)",
         "![Loss and learning rate](training.png)",
+        "![Gradient norm by component](gradient_flow.png)",
         "## Gradients by component",
         _norms(components) if components else "None were measured.",
     ]
@@ -70,19 +72,28 @@ def _prose(text: str) -> str:
     )
 
 
-def _finding(number: int, one: Finding) -> str:
+def _group(number: int, group: Group) -> str:
+    one = group.first
     where = _plain(one.component or WHOLE)
     lines = [
         f"### {number}. {one.issue}: {where}",
-        f"*{one.severity}, {step_words(one.first_step, one.last_step)}*",
+        f"*{group.severity}, {step_words(one.first_step, one.last_step)}*",
         _prose(one.message),
         f"**Try:** {_prose(one.suggestion)}",
     ]
     if one.overrides:
         lines.append(f"    {override_words(one.overrides)}")
-    if one.caused_by:
-        lines.append(f"Probably caused by: {one.caused_by.replace('_', ' ')}.")
+    if group.elsewhere:
+        lines += ["The same elsewhere:", "\n".join(map(_item, group.elsewhere))]
+    if group.consequences:
+        lines += ["Consequences:", "\n".join(map(_item, group.consequences))]
     return "\n\n".join(lines)
+
+
+def _item(one: Finding) -> str:
+    steps = step_words(one.first_step, one.last_step)
+    where = f" ({steps})" if steps else ""
+    return f"- **{one.issue}: {_plain(one.component or WHOLE)}**{where}. {_prose(one.message)}"
 
 
 def _section(section: Section) -> list[str]:

@@ -8,8 +8,9 @@ from functools import cache
 from typing import Any
 
 from lightning_diag.records.json_safe import json_safe
+from lightning_diag.report.issue_words import since, what_is_wrong
 from lightning_diag.report.theme import chart_config
-from lightning_diag.report.words import override_words, short, step_words
+from lightning_diag.report.words import capital, first_sentence, override_words, short, step_words
 
 __all__ = [
     "drawn",
@@ -47,10 +48,23 @@ def page_template(text: str) -> Any:  # noqa: ANN401 - Jinja2 is loaded here onl
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        prose=prose, short=short, override_words=override_words, safe_json=Markup
+        prose=prose,
+        short=short,
+        override_words=override_words,
+        first_sentence=first_sentence,
+        capital=capital,
+        question=_question,
+        what_is_wrong=what_is_wrong,
+        safe_json=Markup,
     )
-    environment.globals.update(step_words=step_words)
+    environment.globals.update(step_words=step_words, since=since)
     return environment.from_string(text)
+
+
+def _question(line: str) -> tuple[str, str]:
+    """A line of questions and answers as both."""
+    question, mark, answer = line.partition("? ")
+    return (f"{question}?", answer) if mark else ("", line)
 
 
 def script_json(value: object) -> str:
@@ -78,7 +92,7 @@ def figure(name: str, spec: Mapping[str, Any], picture: bytes) -> dict[str, str]
     Args:
         name: Its name in the page.
         spec: A Vega-Lite specification with a title.
-        picture: A PNG picture of it, for viewers that run no scripts.
+        picture: An SVG or PNG picture of it, for viewers that run no scripts.
     """
     drawn = {key: value for key, value in spec.items() if key not in ("$schema", "config", "title")}
     title = spec["title"]
@@ -90,6 +104,7 @@ def figure(name: str, spec: Mapping[str, Any], picture: bytes) -> dict[str, str]
         "caption": " ".join([said] if isinstance(said, str) else said),
         "described": str(spec.get("description", text)),
         "spec": script_json(drawn),
+        "kind": "svg+xml" if picture.startswith(b"<svg") else "png",
         "picture": base64.b64encode(picture).decode(),
     }
 

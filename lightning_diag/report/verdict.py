@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lightning_diag.report.groups import Group, grouped
+from lightning_diag.report.issue_words import since, what_is_wrong
+from lightning_diag.report.looked import DIAGNOSTICS, Looked
 from lightning_diag.rules.finding import Finding
 
 __all__ = ["EXIT_CODES", "State", "Verdict", "judge"]
@@ -28,8 +31,8 @@ class Verdict:
 
     Args:
         state: One of the keys of `EXIT_CODES`.
-        headline: A few words.
-        sentence: What was measured and found.
+        headline: What is wrong first, or that nothing is, in a sentence.
+        sentence: How much was found, and what was looked at.
     """
 
     state: State
@@ -45,47 +48,100 @@ class Verdict:
         return f"{self.headline} {self.sentence}"
 
 
-def judge(findings: Sequence[Finding], steps: Sequence[int], info: Mapping[str, Any]) -> Verdict:
+def judge(
+    findings: Sequence[Finding],
+    steps: Sequence[int],
+    info: Mapping[str, Any],
+    looked: Looked | None = None,
+) -> Verdict:
     """Weigh findings against what was measured: silence is no health where nobody looked.
 
     Args:
         findings: What `diagnose` returned.
         steps: The steps at which a gradient was measured.
         info: run.json.
+        looked: Who looked at what; by default gradients alone, at those steps.
     """
     stopped = _stop(info)
     state: State = "critical" if stopped else _state(findings, steps)
+    looked = _gradients_alone(steps) if looked is None else looked
+    groups = grouped(findings)
+    headline = (
+        _sick(state, groups, looked.last) if groups else _nothing(state, looked, bool(stopped))
+    )
+    parts = [_found(findings), _too_little(state, steps, looked), _who(looked)]
+    extra = [_unchecked(findings), stopped or _ending(info)]
+    return Verdict(state, headline, " ".join(filter(None, [*parts, *extra])))
+
+
+_GRAVE = ("critical", "warning")
+_MORE_OFTEN = "measure more often (`every_n_steps`) or train longer"
+
+
+def _gradients_alone(steps: Sequence[int]) -> Looked:
+    names = {name: what for name, (what, _) in DIAGNOSTICS.items()}
+    seen = {"GradientHealth": names.pop("GradientHealth")} if steps else {}
+    return Looked(seen, names, min(steps, default=None), max(steps, default=None))
+
+
+def _sick(state: State, groups: Sequence[Group], last: int | None) -> str:
+    """The first cause, since when, and how much else there is."""
+    first = groups[0]
+    words = [what_is_wrong(first.first).replace("`", ""), since(first.first, last)]
+    clause = " ".join(filter(None, words))
+    if first.elsewhere:
+        clause += f" (also in {_count(len(first.elsewhere), 'other part')})"
+    effects, others = len(first.consequences), len(groups) - 1
+    rest = [_count(effects, "consequence")] * bool(effects)
+    rest += [_count(others, "other problem")] * bool(others)
+    more = f"; {', '.join(rest)}" if rest else ""
+    return f"{state.capitalize()}: {clause}{more}."
+
+
+def _nothing(state: State, looked: Looked, stopped: bool) -> str:
+    if stopped:
+        return "Critical: a diagnostic stopped this run."
+    who = _count(len(looked.seen), "diagnostic")
+    if not looked.seen:
+        return "Nothing was measured."
+    if state == "nothing measured":
+        return f"Nothing wrong was seen by {who}, but gradients were not measured."
+    if state == "too little":
+        return "Nothing wrong was seen, but too little was measured to judge by."
+    return f"Nothing wrong was seen by {who} in {looked.steps}."
+
+
+def _found(findings: Sequence[Finding]) -> str:
     critical, warnings = (sum(one.severity == kind for one in findings) for kind in _GRAVE)
-    seen = f"{_count(len(steps), 'measured step')}"
-    if len(steps) > 1:
-        seen += f" ({steps[0]} to {steps[-1]})"
     found = " and ".join(
         _count(number, noun)
         for number, noun in ((critical, "critical finding"), (warnings, "warning"))
         if number
     )
-    sentences = {
-        "nothing measured": "The run holds no gradients, so nothing can be said about its health. "
-        "Add `GradientHealth` to the Trainer's callbacks; if it is there, let it measure more "
-        "often (`every_n_steps`) or train longer.",
-        "too little": f"Nothing wrong was seen, but {seen} are too few to judge by. Measure more "
-        "often (`every_n_steps`) or train longer.",
-        "healthy": f"No rule found anything wrong in {seen}.",
-    }
-    judged = f"{found[:1].upper()}{found[1:]}" or "No finding"
-    sentence = sentences.get(state, f"{judged} in {seen}.")
-    extra = [_unchecked(findings), stopped or _ending(info)]
-    return Verdict(state, _HEADLINES[state], " ".join([sentence, *filter(None, extra)]))
+    return f"{found[:1].upper()}{found[1:]} in all." if found else ""
 
 
-_GRAVE = ("critical", "warning")
-_HEADLINES: dict[State, str] = {
-    "healthy": "Gradients look healthy.",
-    "warning": "Something needs a look.",
-    "critical": "This run is sick.",
-    "too little": "Too little was measured.",
-    "nothing measured": "Nothing was measured.",
-}
+def _too_little(state: State, steps: Sequence[int], looked: Looked) -> str:
+    """Why silence says little here; empty where it says something."""
+    if state == "too little":
+        seen = _count(len(steps), "measured step")
+        seen += f" ({steps[0]} to {steps[-1]})" if len(steps) > 1 else ""
+        return f"Gradients have {seen}, which are too few: {_MORE_OFTEN}."
+    if state == "nothing measured":
+        return (
+            "Without gradients little can be said about a run's health: add `GradientHealth` to "
+            f"the Trainer's callbacks, or, if it is there, {_MORE_OFTEN}."
+        )
+    return ""
+
+
+def _who(looked: Looked) -> str:
+    """What was looked at, and what was not."""
+    if not looked.seen:
+        return ""
+    over = f" in {looked.steps}" if looked.steps else ""
+    text = f"Looked at{over}: {', '.join(looked.seen.values())}."
+    return text + (f" Not looked at: {', '.join(looked.unseen.values())}." if looked.unseen else "")
 
 
 def _state(findings: Sequence[Finding], steps: Sequence[int]) -> State:

@@ -1,20 +1,60 @@
 """Numbers and overrides as text for people."""
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["flatten", "override_words", "short", "step_words"]
+__all__ = ["capital", "cut", "first_sentence", "flatten", "override_words", "short", "step_words"]
+
+
+def first_sentence(text: str) -> tuple[str, str]:
+    """A text as its first sentence and what comes after it.
+
+    Example:
+        >>> first_sentence("Lower `lr`. Then clip (e.g. at 1.) it.")
+        ('Lower `lr`.', 'Then clip (e.g. at 1.) it.')
+    """
+    for end in re.finditer(r"[.!?]\s+(?=[A-Z`])", text):
+        first, rest = text[: end.start() + 1], text[end.end() :]
+        if first.count("`") % 2 == 0 and first.count("(") == first.count(")"):
+            return first, rest
+    return text, ""
 
 
 def short(value: float | None, missing: str = "-") -> str:
-    """A number in three or four digits.
+    """A number in three or four digits; a power of ten only where it is very large or small.
 
     Example:
-        >>> short(0.0452314), short(1234567.0), short(3.2e-8), short(0.0)
-        ('0.0452', '1.23e+06', '3.2e-08', '0')
+        >>> short(0.0452314), short(9167.2), short(1234567.0), short(3.2e-8), short(0.0)
+        ('0.0452', '9,167', '1.23e+06', '3.2e-08', '0')
     """
-    return missing if value is None else f"{value:.3g}"
+    if value is None:
+        return missing
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def capital(text: str) -> str:
+    """A clause as the beginning of a sentence; a name in backticks stays as it is.
+
+    Example:
+        >>> capital("the loss leaps up"), capital("`head` is frozen")
+        ('The loss leaps up', '`head` is frozen')
+    """
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters; the end of a dotted name says more than its middle.
+
+    Example:
+        >>> cut("model.encoder.layers.11.attention", 20)
+        'model.enc….attention'
+    """
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[-(most - 1 - head) :]}"
 
 
 def step_words(first: int | None, last: int | None) -> str:

@@ -8,7 +8,10 @@ from typing import Any
 from lightning_diag.records.files import write_bytes, write_json, write_text
 from lightning_diag.records.read_run import Run, read_run
 from lightning_diag.report.charts import Chart, gradient_flow, training
-from lightning_diag.report.html import html_page
+from lightning_diag.report.evidence_chart import evidence_chart
+from lightning_diag.report.groups import Group, grouped
+from lightning_diag.report.html import EVIDENCE, FIRST, html_page
+from lightning_diag.report.looked import looked_at
 from lightning_diag.report.markdown import markdown_page
 from lightning_diag.report.norms import (
     WHOLE,
@@ -21,10 +24,11 @@ from lightning_diag.report.overhead import Overhead, overheads
 from lightning_diag.report.page_parts import writable
 from lightning_diag.report.section import Section
 from lightning_diag.report.sections import sections
+from lightning_diag.report.sections.questions import agreed
 from lightning_diag.report.verdict import Verdict, judge
 from lightning_diag.rules import Finding, diagnose
 
-__all__ = ["Report", "chart_png", "recommendations", "write_report"]
+__all__ = ["Report", "chart_png", "chart_svg", "recommendations", "svg_png", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -74,30 +78,32 @@ def write_report(path: str | Path | Run, thresholds: Mapping[str, Any] | None = 
     findings = diagnose(run, thresholds)
     grad = run.frame("grad")
     steps = measured_steps(grad)
-    verdict = judge(findings, steps, run.info)
+    verdict = judge(findings, steps, run.info, looked_at(run))
     components, costs = component_norms(grad), overheads(run.frame("overhead"))
     folder = run.path / "analysis"
+    groups = grouped(findings)
     charts = {
-        "gradient_flow": _spec(gradient_flow(run, findings)),
         "training": _spec(training(run)),
+        "gradient_flow": _spec(gradient_flow(run, [one.first for one in groups])),
     }
-    pictures = {name: chart_png(spec) for name, spec in charts.items()}
-    others = [_drawn(section, charts, pictures) for section in sections(run)]
+    pictures = {name: chart_svg(spec) for name, spec in charts.items()}
+    others = [_drawn(one, charts, pictures) for one in agreed(sections(run), groups)]
+    files = {f"{name}.png": svg_png(picture) for name, picture in pictures.items()}
+    _evidence(run, groups, charts, pictures)
     parts = (run, verdict, findings, components, costs, others)
     texts = {"gradient_norms.csv": norms_csv(grad)}
     for section in others:
         texts |= section.files
     for name, text in texts.items():
         write_text(folder / name, text)
-    for name, picture in pictures.items():
-        write_bytes(folder / f"{name}.png", picture)
+    for name, picture in files.items():
+        write_bytes(folder / name, picture)
     write_json(folder / "findings.json", [one.to_dict() for one in findings])
     write_json(folder / "recommendations.json", recommendations(findings))
     write_text(folder / "report.md", markdown_page(*parts))
     write_text(folder / "report.html", html_page(*parts, charts, pictures))
-    names = [*texts, *(f"{name}.png" for name in pictures), *_FILES]
-    files = {name: folder / name for name in names}
-    return Report(run.path, findings, files, verdict, components, costs, others)
+    paths = {name: folder / name for name in [*texts, *files, *_FILES]}
+    return Report(run.path, findings, paths, verdict, components, costs, others)
 
 
 _FILES = ("findings.json", "recommendations.json", "report.md", "report.html")
@@ -111,13 +117,32 @@ def _drawn(
     for name, chart in section.charts.items():
         try:
             spec = _spec(chart)
-            pictures[name] = chart_png(spec)
+            pictures[name] = chart_svg(spec)
         except Exception as error:
             lines.append(f"The chart {name} could not be drawn: {type(error).__name__}.")
             continue
         charts[name] = spec
         drawn[name] = chart
     return replace(section, lines=tuple(lines), charts=drawn)
+
+
+def _evidence(
+    run: Run,
+    groups: list[Group],
+    charts: dict[str, dict[str, Any]],
+    pictures: dict[str, bytes],
+) -> None:
+    """Draw the evidence of the first findings; one that cannot be drawn is left out."""
+    for number, group in enumerate(groups[:FIRST], start=1):
+        name = f"{EVIDENCE}{number}"
+        try:
+            chart = evidence_chart(run, group.first)
+            if chart is not None:
+                spec = _spec(chart)
+                pictures[name] = chart_svg(spec)
+                charts[name] = spec
+        except Exception:  # a chart that fails must not cost the finding
+            continue
 
 
 def recommendations(findings: list[Finding]) -> list[dict[str, Any]]:
@@ -144,11 +169,24 @@ def _spec(chart: Chart) -> dict[str, Any]:
     return spec
 
 
-def chart_png(spec: Mapping[str, Any]) -> bytes:
-    """A Vega-Lite specification as a PNG picture, twice as dense as it is large."""
+def chart_svg(spec: Mapping[str, Any]) -> bytes:
+    """A Vega-Lite specification as an SVG picture: a fifth of a PNG, and as sharp as the screen."""
     import altair as alt
     import vl_convert
 
     version = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
-    picture: bytes = vl_convert.vegalite_to_png(dict(spec), vl_version=version, scale=2)
-    return picture
+    picture: str = vl_convert.vegalite_to_svg(dict(spec), vl_version=version)
+    return picture.encode()
+
+
+def svg_png(picture: bytes) -> bytes:
+    """An SVG picture as PNG, twice as dense as it is large."""
+    import vl_convert
+
+    drawn: bytes = vl_convert.svg_to_png(picture.decode(), scale=2)
+    return drawn
+
+
+def chart_png(spec: Mapping[str, Any]) -> bytes:
+    """A Vega-Lite specification as a PNG picture, twice as dense as it is large."""
+    return svg_png(chart_svg(spec))

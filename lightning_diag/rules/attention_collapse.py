@@ -26,6 +26,8 @@ class AttentionCollapse:
     one_key: float = field(default=0.9, metadata={"unit": "mean weight of a key over all queries"})
     min_keys: float = field(default=3, metadata={"unit": "keys"})
     min_rows: float = field(default=3, metadata={"unit": "rows in a row, up to the last"})
+    mixed_entropy: float = field(default=0.5, metadata={"unit": "entropy over ln(keys)"})
+    bare_entropy: float = field(default=1e-3, metadata={"unit": "entropy over ln(keys)"})
     critical_entropy: float = field(default=0.02, metadata={"unit": "entropy over ln(keys)"})
 
 
@@ -77,8 +79,11 @@ def _judge(
     entropy = sum(head.entropy for head in heads) / len(heads)
     one_key = sum(head.mass > t.one_key for head in heads) / len(heads) > 0.5
     harmed = progress is None or progress.harmed(start if since else None)
+    at_once = bool(since) and _fell(looks[since - 1], looks[since], t)
     severity: Severity = "info"
-    if progress is None:
+    if at_once:
+        severity = "warning"
+    elif progress is None:
         severity = "warning" if one_key else "info"
     elif harmed:
         severity = "critical" if one_key and entropy < t.critical_entropy else "warning"
@@ -86,7 +91,9 @@ def _judge(
     keys = sorted({int(head.key) for head in heads if head.key == head.key})
     where = f", all queries at key {', '.join(map(str, keys[:3]))}" if one_key and keys else ""
     then = (
-        "The loss falls nevertheless, so this may be what the task asks for."
+        "It came about at once, from one look to the next, as no training does it."
+        if at_once
+        else "The loss falls nevertheless, so this may be what the task asks for."
         if severity == "info"
         else "Nothing is mixed any more, the softmax passes hardly any gradient, and the loss does "
         "not fall."
@@ -112,6 +119,12 @@ def _judge(
         ),
         confidence=0.8 if one_key else 0.65,
     )
+
+
+def _fell(before: Look, after: Look, t: AttentionCollapse) -> bool:
+    """Whether every head mixed many keys a look ago, and has one alone now."""
+    mixed = min((head.entropy for head in before.heads), default=0.0) > t.mixed_entropy
+    return mixed and all(head.entropy < t.bare_entropy for head in after.heads)
 
 
 def _sharp(head: Head, t: AttentionCollapse) -> bool:

@@ -76,6 +76,11 @@ def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
         return None
     share = fmean(clipped for *_, clipped in rows)
     left = median(coefficient for _, coefficient, _, _ in rows)
+    lately = _lately(rows, t)
+    if share < t.max_share and len(lately) >= t.min_rows:
+        # a clip that was lowered in mid-run
+        rows, share = lately, 1.0
+        left = median(coefficient for _, coefficient, _, _ in rows)
     extreme = share >= t.max_share and left <= t.min_coefficient
     noted = share >= t.noted_share and left <= t.noted_coefficient
     if not (extreme or noted):
@@ -101,6 +106,16 @@ def _judge(trace: Trace, t: ClippingDominates) -> Finding | None:
         suggestion=_SUGGESTION if extreme else _NOTE,
         confidence=0.8 if extreme else 0.5,
     )
+
+
+def _lately(
+    rows: list[tuple[int, float, float, bool]], t: ClippingDominates
+) -> list[tuple[int, float, float, bool]]:
+    """The last rows, all of which are cut down to little."""
+    since = len(rows)
+    while since and rows[since - 1][3] and rows[since - 1][1] <= t.min_coefficient:
+        since -= 1
+    return rows[since:]
 
 
 def _by_value(trace: Trace, t: ClippingDominates) -> Finding | None:

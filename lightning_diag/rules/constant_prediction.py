@@ -10,6 +10,7 @@ from lightning_diag.rules.loss_progress import Progress, loss_progress
 from lightning_diag.rules.loss_series import LOSS_FILE
 from lightning_diag.rules.module_rows import lasting_since, number, sorted_rows
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import usual_settings
 from lightning_diag.rules.traces import evidence_steps
 from lightning_diag.rules.wiring_rows import WIRING_FILE
 
@@ -53,6 +54,7 @@ class ConstantPrediction:
     explains=("not_learning", "slow_convergence", "loss_plateau"),
     reference="StreamGuard's CollapseDetector (variance below 1e-6); the constant that lowers the "
     "loss most is what a model without information predicts.",
+    remedy=usual_settings,
 )
 def constant_prediction(
     wiring: "pl.DataFrame",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_diag.rules.consequences import STANDSTILL
 from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import usual_settings
 from lightning_diag.rules.traces import (
     GRAD_FILE,
     Trace,
@@ -47,6 +48,7 @@ class DeadComponent:
         *STANDSTILL,
     ),
     reference="SageMaker Debugger's AllZero; Lu et al. 2019, Dying ReLU and initialization.",
+    remedy=usual_settings,
 )
 def dead_component(grad: "pl.DataFrame", thresholds: DeadComponent) -> list[Finding]:
     """Trainable components without gradient, by zeros or by absence, up to the last rows.

@@ -64,7 +64,10 @@ def diagnose(
         if not there.isdisjoint(one.needs):
             found += _check(one, run, resolved[one.id], on_error)
     explained = _with_causes(found)
-    return order_findings([_with_remedy(one, run.config) for one in explained])
+    config = dict(run.config)
+    if getattr(run, "info", {}).get("automatic_optimization") is False:
+        config["automatic_optimization"] = False
+    return order_findings([_with_remedy(one, config) for one in explained])
 
 
 def _check(one: Rule, run: "Run | LiveRows", thresholds: object, on_error: str) -> list[Finding]:

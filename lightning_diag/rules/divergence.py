@@ -35,6 +35,8 @@ class Divergence:
     sigmas: float = field(default=6.0, metadata={"unit": "standard deviations of a window's mean"})
     far: float = field(default=5.0, metadata={"unit": "times the first and the best loss"})
     far_windows: float = field(default=2, metadata={"unit": "windows"})
+    unbounded: float = field(default=1000.0, metadata={"unit": "times the first loss, below zero"})
+    unbounded_norm: float = field(default=100.0, metadata={"unit": "times the first gradient norm"})
     min_windows: float = field(default=3, metadata={"unit": "windows"})
     given_back_windows: float = field(default=4, metadata={"unit": "windows"})
 
@@ -81,11 +83,48 @@ def divergence(
     series = training_losses(loss, metrics)
     losses = by_fives(series.finite()) if series else None
     rise = _rise(losses, first_loss(collapse), thresholds) if losses and losses.means else None
+    if losses is not None and rise is None:
+        return _without_bound(losses, thresholds)
     if losses is None or rise is None:
         return []
     harmless = has_several_optimizers(grad) or (min(losses.lows) < 0 and _fades(losses, rise))
     severity: Severity = "info" if harmless else rise.severity
     return [_finding(losses, rise, severity)]
+
+
+def _without_bound(losses: Losses, t: Divergence) -> list[Finding]:
+    """A loss that falls for ever, under gradients that grow: nothing holds it."""
+    norms = [norm for norm in losses.norms if math.isfinite(norm)]
+    if len(losses.means) < 8 or len(norms) < 8:
+        return []
+    quarter = len(norms) // 4
+    first, last = abs(losses.means[0]), median(losses.means[-quarter:])
+    before, after = median(norms[:2]), median(norms[-quarter:])
+    if last > -t.unbounded * max(first, 1.0) or after < t.unbounded_norm * before:
+        return []
+    at = next(i for i, mean in enumerate(losses.means) if mean < -t.far * max(first, 1.0))
+    return [
+        Finding(
+            rule="divergence",
+            severity="warning",
+            first_step=losses.firsts[at],
+            last_step=losses.steps[-1],
+            observed=last,
+            threshold=-t.unbounded * max(first, 1.0),
+            unit="mean loss",
+            evidence=Evidence(losses.file, evidence_steps(losses.steps[at:])),
+            message=(
+                f"The loss falls without a bound: from {losses.means[0]:.3g} to {last:.3g}, while "
+                f"the gradient norm grew from {before:.3g} to {after:.3g}. Nothing is learned by "
+                "that; the outputs grow."
+            ),
+            suggestion=(
+                "Give the loss a lower end: a margin, a clamp, a normalization of what it "
+                "compares, or its right sign."
+            ),
+            confidence=0.7,
+        )
+    ]
 
 
 def _fades(losses: Losses, rise: _Rise) -> bool:

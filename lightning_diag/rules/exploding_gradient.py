@@ -10,6 +10,7 @@ from lightning_diag.rules.loss_series import LOSS_FILE
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import calm_start
 from lightning_diag.rules.sizes import sizes
+from lightning_diag.rules.stopped_early import stopped_finding
 from lightning_diag.rules.traces import (
     GRAD_FILE,
     Trace,
@@ -41,6 +42,7 @@ class ExplodingGradient:
     max_l2: float = field(default=100.0, metadata={"unit": "l2 norm"})
     large_l2: float = field(default=10.0, metadata={"unit": "l2 norm"})
     own_ratio: float = field(default=10.0, metadata={"unit": "times its own median"})
+    absurd_l2: float = field(default=1e4, metadata={"unit": "median l2 norm"})
     harm: float = field(default=100.0, metadata={"unit": "times the loss before"})
     left: float = field(default=2.0, metadata={"unit": "times the loss before, afterwards"})
     growth: float = field(default=100.0, metadata={"unit": "times the start of the run"})
@@ -63,7 +65,7 @@ class _Rise(NamedTuple):
 @rule(
     "exploding_gradient",
     family="gradients",
-    needs=("grad", "loss"),
+    needs=("grad", "loss", "collapse"),
     thresholds=ExplodingGradient,
     explains=(
         "saturated_activation",
@@ -76,7 +78,10 @@ class _Rise(NamedTuple):
     remedy=calm_start,
 )
 def exploding_gradient(
-    grad: "pl.DataFrame", loss: "pl.DataFrame", thresholds: ExplodingGradient
+    grad: "pl.DataFrame",
+    loss: "pl.DataFrame",
+    collapse: "pl.DataFrame",
+    thresholds: ExplodingGradient,
 ) -> list[Finding]:
     """Norms above `max_l2` that also stand far above the component's own past.
 
@@ -107,7 +112,11 @@ def exploding_gradient(
     broken = _before_a_break(loss, thresholds)
     if broken is not None:
         return [broken]
-    return [one for trace in whole for one in _steadily_large(trace, thresholds)]
+    ended = stopped_finding(
+        collapse, "exploding_gradient", "The gradient norm rose to {norm}", _SUGGESTION
+    )
+    alone = _stands_alone(component_traces(frame), thresholds)
+    return ended or [one for trace in whole for one in _steadily_large(trace, alone, thresholds)]
 
 
 def _windows(loss: "pl.DataFrame") -> Trace:
@@ -314,13 +323,45 @@ def _norm_clipped(trace: Trace, steps: list[int]) -> bool:
     return sum(mark > 0 for mark in marks) > 0.5 * len(marks)
 
 
-def _steadily_large(trace: Trace, t: ExplodingGradient) -> list[Finding]:
+def _absurd(steps: list[int], typical: float, t: ExplodingGradient) -> Finding:
+    return Finding(
+        rule="exploding_gradient",
+        severity="warning",
+        first_step=steps[0],
+        last_step=steps[-1],
+        observed=typical,
+        threshold=t.absurd_l2,
+        unit="median l2 norm before clipping",
+        evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
+        message=(
+            f"The gradient norm is {typical:.3g} at the median, from the first steps on: signals "
+            "grow on their way through the model."
+        ),
+        suggestion=(
+            "Look at what makes them grow: weights that start too large (the deviation of a "
+            "layer's weights belongs near one over the root of its inputs), sums over many "
+            "neighbours or positions where a mean was meant, inputs or targets that are not "
+            "scaled, a missing normalization."
+        ),
+        confidence=0.7,
+    )
+
+
+def _stands_alone(traces: list[Trace], t: ExplodingGradient) -> bool:
+    """Whether one part towers over all others, which is an imbalance and no growth."""
+    norms = sorted(median(found) for one in traces if (found := _norms(one)[1]))
+    return len(norms) > 1 and norms[-1] > t.growth * norms[-2]
+
+
+def _steadily_large(trace: Trace, alone: bool, t: ExplodingGradient) -> list[Finding]:
     steps, norms = _norms(trace)
     skip = after_warmup(len(norms), t.warmup_rows, t.warmup_share)
     steps, norms = steps[skip:], norms[skip:]
     if len(norms) < t.history_rows or median(norms) <= t.large_l2:
         return []
     typical = median(norms)
+    if typical > t.absurd_l2 and not alone:
+        return [_absurd(steps, typical, t)]
     return [
         Finding(
             rule="exploding_gradient",

@@ -12,6 +12,7 @@ from lightning_diag.rules.loss_series import Losses, training_losses
 from lightning_diag.rules.part_rates import parts_too_fast
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import lower_rate
+from lightning_diag.rules.stopped_early import COLLAPSE_FILE, stopped_early
 from lightning_diag.rules.traces import evidence_steps
 from lightning_diag.rules.update_traces import (
     UPDATE_FILE,
@@ -42,6 +43,7 @@ class LearningRateTooHigh:
     large_ratio: float = field(default=0.03, metadata={"unit": "update over weight"})
     large_rate: float = field(default=0.05, metadata={"unit": "learning rate"})
     huge_norm: float = field(default=100.0, metadata={"unit": "l2 norm"})
+    early_rate: float = field(default=1e-3, metadata={"unit": "learning rate"})
     early_steps: float = field(default=30, metadata={"unit": "steps"})
     far_jump: float = field(default=10.0, metadata={"unit": "times the loss at the start"})
     small_level: float = field(default=0.77, metadata={"unit": "share of the loss at the start"})
@@ -120,6 +122,9 @@ def learning_rate_too_high(
     Three courses count: the loss jumps or stays where it was from the first steps on, it rises when
     the rate is raised, or it rises later under steps that were already large before.
     """
+    ended = _ended(collapse, loss, thresholds)
+    if ended:
+        return ended
     traces = weighty(update_traces(update), thresholds.min_count)
     losses = training_losses(loss, metrics)
     parts = _parts(traces, thresholds)
@@ -141,6 +146,43 @@ def learning_rate_too_high(
     if parts and all((one.first_step or 0) <= case.first for one in parts):
         return parts
     return [_finding(case, losses, rates, moves)]
+
+
+def _ended(collapse: "pl.DataFrame", loss: "pl.DataFrame", t: LearningRateTooHigh) -> list[Finding]:
+    """A run that its very first step has ruined, so that it was stopped at once."""
+    stopped = stopped_early(collapse)
+    rates = [] if "lr_max" not in loss.columns else loss["lr_max"].drop_nulls().to_list()
+    if stopped is None or stopped.first is None or not stopped.turned_at_once:
+        return []
+    rate = max(rates, default=math.nan)
+    if rate < t.early_rate:
+        return []
+    steps = [int(row["step"]) for row in stopped.events]
+    before, after = stopped.first, stopped.events[-1]
+    losses = (
+        ""
+        if None in (before["loss"], after["loss"])
+        else (f", and the loss is {after['loss']:.3g} after {before['loss']:.3g}")
+    )
+    return [
+        Finding(
+            rule="learning_rate_too_high",
+            severity="critical",
+            first_step=0,
+            last_step=steps[-1],
+            observed=rate,
+            threshold=t.early_rate,
+            unit="learning rate",
+            evidence=Evidence(COLLAPSE_FILE, evidence_steps(steps)),
+            message=(
+                f"The first step ruined the run: the gradient norm was "
+                f"{before['gradient_norm']:.3g} before it and {after['gradient_norm'] or 0:.3g} "
+                f"at step {steps[-1]}{losses}. The learning rate is {rate:.3g}."
+            ),
+            suggestion=_SUGGESTION,
+            confidence=0.8,
+        )
+    ]
 
 
 class _Moves(NamedTuple):

@@ -16,6 +16,7 @@ from lightning_diag.rules.loss_series import (
     training_losses,
 )
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import usual_settings
 from lightning_diag.rules.traces import evidence_steps
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class _Stop(NamedTuple):
     thresholds=LossPlateau,
     reference="PyTorch's ReduceLROnPlateau: relative change; Prechelt 1998, Early stopping - but "
     "when?",
+    remedy=usual_settings,
 )
 def loss_plateau(
     loss: "pl.DataFrame", metrics: "pl.DataFrame", grad: "pl.DataFrame", thresholds: LossPlateau

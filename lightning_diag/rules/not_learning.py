@@ -16,6 +16,7 @@ from lightning_diag.rules.loss_series import (
     without_warmup,
 )
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import usual_settings
 from lightning_diag.rules.traces import evidence_steps
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class SlowConvergence:
     explains=("constant_prediction", "attention_uniform"),
     reference="Karpathy 2019, A recipe for training neural networks; SageMaker Debugger's "
     "LossNotDecreasing.",
+    remedy=usual_settings,
 )
 def not_learning(
     loss: "pl.DataFrame",

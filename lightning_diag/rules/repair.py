@@ -10,6 +10,8 @@ from lightning_diag.rules.finding import Finding
 __all__ = ["Change", "changed_config", "changes", "left_out"]
 
 _MISSING = object()
+_UNRELATED = ("hardware.num_workers", "hardware.pin_memory")
+"""Keys that change how fast batches come, and nothing of what is learned from them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ def changes(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[Chan
 
     Findings that another one in the list explains change nothing: what they ask for treats a
     symptom. Nor do notes, of severity ``info``. Mappings are merged entry by entry, so that two
-    components may each have a learning rate of their own.
+    components may each have a learning rate of their own. A rate is not raised along with anything
+    else that changes how the model learns: that updates were small was measured without it.
 
     Args:
         findings: Causes first, as `diagnose` returns them.
@@ -54,8 +57,31 @@ def changes(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[Chan
             before = _at(config, path)
             if path not in chosen and value != before:
                 known = None if before is _MISSING else before
-                chosen[path] = Change(path, known, value, finding)
+                change = Change(path, known, value, finding)
+                if not _awaited(change, chosen.values()):
+                    chosen[path] = change
     return list(chosen.values())
+
+
+def _awaited(change: Change, chosen: Iterable[Change]) -> Change | None:
+    """What an earlier finding changes, whose effect a raise of a rate has to wait for."""
+    if not _raises(change):
+        return None
+    for one in chosen:
+        side_by_side = change.path[0] == one.path[0] == "component_lrs"
+        if one.finding is not change.finding and not side_by_side and one.key not in _UNRELATED:
+            return one
+    return None
+
+
+def _raises(change: Change) -> bool:
+    """Whether it is a learning rate, or a factor on one, that gets higher."""
+    if change.path[0] != "component_lrs" and change.path != ("optimizer", "lr"):
+        return False
+    before, value = 1.0 if change.before is None else change.before, change.value
+    if not isinstance(before, (int, float)) or not isinstance(value, (int, float)):
+        return False
+    return value > before
 
 
 def left_out(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[tuple[Finding, str]]:
@@ -77,6 +103,12 @@ def left_out(findings: Iterable[Finding], config: Mapping[str, Any]) -> list[tup
             if path in made and made[path].finding is not finding and made[path].value != value:
                 reason = f"{made[path].key} is changed for {made[path].finding.rule}"
                 told.append((finding, reason))
+            elif path not in made:
+                before = _at(config, path)
+                known = None if before is _MISSING else before
+                first = _awaited(Change(path, known, value, finding), made.values())
+                if value != before and first is not None:
+                    told.append((finding, f"waits for what a change of {first.key} does"))
     return told
 
 

@@ -9,6 +9,7 @@ from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.loss_progress import Progress, loss_progress
 from lightning_diag.rules.module_rows import lasting_since, number, rows_by, sorted_rows
 from lightning_diag.rules.registry import rule
+from lightning_diag.rules.remedies import usual_settings
 from lightning_diag.rules.traces import evidence_steps
 
 if TYPE_CHECKING:
@@ -24,6 +25,10 @@ _COLUMNS = (
 )
 
 
+# weights that do not move a bit have another reason
+_STANDSTILL = tuple(one for one in STANDSTILL if one != "frozen_weights")
+
+
 @dataclass(frozen=True)
 class RepresentationCollapse:
     """Thresholds of `representation_collapse`."""
@@ -33,6 +38,8 @@ class RepresentationCollapse:
     sure_cosine: float = field(default=0.999, metadata={"unit": "mean cosine"})
     min_features: float = field(default=4, metadata={"unit": "dimensions"})
     output_features: float = field(default=8, metadata={"unit": "dimensions of an output"})
+    exact: float = field(default=1e-5, metadata={"unit": "distance of the mean cosine from 1"})
+    exact_steps: float = field(default=50, metadata={"unit": "steps, exactly the same"})
     min_rows: float = field(default=3, metadata={"unit": "rows in a row, up to the last"})
     min_steps: float = field(default=30, metadata={"unit": "steps, from the start"})
     fall: float = field(default=5.0, metadata={"unit": "times less varied than before"})
@@ -45,9 +52,10 @@ class RepresentationCollapse:
     family="outputs",
     needs=("latent", "loss", "metrics", "wiring"),
     thresholds=RepresentationCollapse,
-    explains=("divergence", "loss_spike", "attention_uniform", *STANDSTILL),
+    explains=("divergence", "loss_spike", "attention_uniform", *_STANDSTILL),
     reference="Chen & He 2021, SimSiam, figure 2: the deviation of unit vectors; Jing et al. 2022, "
     "dimensional collapse.",
+    remedy=usual_settings,
 )
 def representation_collapse(
     latent: "pl.DataFrame",
@@ -134,7 +142,7 @@ def _judge(
     apart = [1 - cosine for cosine in cosines]
     before, now = apart[:since], median(apart[-3:])
     fell = bool(before) and max(before) > t.fall * max(now, 1e-7)
-    leaving = len(apart) > since + 3 and now > 1.5 * median(apart[since : since + 3])
+    leaving = len(apart) > since + 3 and now > max(1.5 * median(apart[since : since + 3]), t.exact)
     if not fell and (steps[-1] - steps[0] < t.min_steps or leaving):
         return None
     severity: Severity = "warning"
@@ -142,8 +150,10 @@ def _judge(
     sure = median(cosines[-3:]) > t.sure_cosine
     # without a loss that stands still it must be seen to come, beyond doubt
     unsure = answers is None and (well or progress is None)
+    exact = min(cosines[since:]) > 1 - t.exact and since == 0
+    always = exact and steps[-1] - steps[0] >= t.exact_steps
     if answers or (unsure and not (fell and sure)):
-        severity = "info"
+        severity = "warning" if always else "info"
     elif sure and steps[-1] - steps[0] >= 100:
         severity = "critical"
     when = f"since step {steps[0]}" if since else "from the first measured step on"

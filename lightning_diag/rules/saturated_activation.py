@@ -41,7 +41,7 @@ class SaturatedActivation:
     thresholds=SaturatedActivation,
     explains=(
         *("vanishing_gradient", "dead_component", "gradient_imbalance", "representation_collapse"),
-        *("unused_parameter", "frozen_weights", "divergence", "loss_spike", *STANDSTILL),
+        *("frozen_weights", "divergence", "loss_spike", *STANDSTILL),
     ),
     reference="SageMaker Debugger's SaturatedActivation; Glorot & Bengio 2010.",
     remedy=revive_units,
@@ -90,6 +90,9 @@ def _judge(
 ) -> _Flat | None:
     rows = [row for row in rows if row.get("saturated_share") is not None]
     if not rows or rows[-1].get("last") or (several and rows[-1].get("last_of_part")):
+        return None
+    # what a part gives may lie at the ends, as black and white do; where it is stuck, units are
+    if rows[-1].get("last_of_part") and not number(rows[-1], "saturated_units") > 0:
         return None
     function = str(rows[-1].get("function") or "tanh")
     if function in _SIGMOIDS and rows[-1].get("gate") != 0:

@@ -81,7 +81,7 @@ def scheduler_misuse(
     rates = learning_rates(loss, metrics, update)
     if rates is None:
         return []
-    for judge in (_no_rate, _zero, _exploding, _swinging):
+    for judge in (_no_rate, _zero, _exploding, _swinging, _anew):
         found = judge(rates, thresholds)
         if found is not None:
             return [found]
@@ -272,6 +272,30 @@ def _peak_start(rates: Rates, top: float) -> int:
     # a schedule that ends so soon was wrong from the start
     soon = start - rates.firsts[0] < 0.1 * (rates.steps[-1] + 1 - rates.firsts[0])
     return rates.firsts[0] if soon else start
+
+
+def _anew(rates: Rates, t: SchedulerMisuse) -> Finding | None:
+    """A rate that fell to about zero at once and creeps up again, as a second warm-up does."""
+    for index in range(3, len(rates.highs) - 2):
+        top, high = max(rates.highs[:index]), rates.highs[index]
+        after = rates.highs[index:]
+        creeps = all(b > 1.001 * a for a, b in pairwise(after))
+        before = rates.highs[index - 1] >= t.back_share * top > 0
+        if before and 0 < high <= t.trough_share * top and creeps:
+            return _finding(
+                rates,
+                "warning",
+                (rates.firsts[index], rates.steps[-1]),
+                (high / top, t.trough_share, "share of the highest rate"),
+                f"The learning rate fell at once from {rates.highs[index - 1]:.3g} to "
+                f"{rates.lows[index]:.3g} at step {rates.firsts[index]}, and creeps up since, as "
+                f"in a warm-up that begins anew: it is {rates.highs[-1]:.3g} at step "
+                f"{rates.steps[-1]}.",
+                "Look at what happened there: a run that was resumed without the state of its "
+                "scheduler, or a scheduler that was made again for a new phase. Restore its state "
+                "with the optimizer's, or give it `last_epoch`.",
+            )
+    return None
 
 
 def _spent(rates: Rates, t: SchedulerMisuse) -> Finding | None:

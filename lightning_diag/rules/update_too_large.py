@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,8 @@ class UpdateTooLarge:
     min_rows: float = field(default=4, metadata={"unit": "rows"})
     max_jump: float = field(default=30.0, metadata={"unit": "times its own median"})
     jump_ratio: float = field(default=0.1, metadata={"unit": "update over weight"})
+    leap: float = field(default=2.0, metadata={"unit": "times the size of the weights"})
+    least_size: float = field(default=0.01, metadata={"unit": "root mean square of the weights"})
     min_count: float = field(default=50, metadata={"unit": "elements"})
     learns: float = field(default=0.6, metadata={"unit": "share of the loss at the start"})
     most: float = field(default=0.5, metadata={"unit": "share of components"})
@@ -77,7 +80,7 @@ def update_too_large(
     if len(large) > 1 and len(large) > thresholds.most * len(traces):
         return [_lasting(large, None, learns, thresholds)]
     found = [_lasting([one], one.component, learns, thresholds) for one in large]
-    return found or _jumped(traces, thresholds)
+    return found or _jumped(traces, thresholds) or _leapt(traces, thresholds)
 
 
 def _learns(losses: Losses | None, t: UpdateTooLarge) -> bool:
@@ -132,6 +135,52 @@ def _lasting(
         suggestion=_SUGGESTION,
         confidence=0.9,
     )
+
+
+def _leapt(traces: list[Updates], t: UpdateTooLarge) -> list[Finding]:
+    """Weights that are another size than the steps on both sides can have made them: a note.
+
+    What did it, or what came of it, has a rule of its own.
+    """
+    leaps = []
+    for trace in traces:
+        rows = list(zip(trace.steps, trace.ratios, trace.sizes, strict=True))
+        for (before, small, old), (step, large, new) in pairwise(rows):
+            unknown = any(math.isnan(one) for one in (small, large, old, new))
+            if unknown or old < t.least_size or new < t.leap * old:
+                continue
+            # three times what the larger of both ratios makes of all steps between them
+            if 3 * max(small, large) * (step - before) < math.log(new / old):
+                leaps.append((trace.component, before, step, new / old))
+    if not leaps:
+        return []
+    component, before, step, times = max(leaps, key=lambda one: one[3])
+    several = len({name for name, *_ in leaps}) > t.most * len(traces) > 1
+    name = "most parts of the model" if several else f"`{component}`"
+    return [
+        Finding(
+            rule="update_too_large",
+            severity="info",
+            component=None if several else component,
+            first_step=before + 1,
+            last_step=step,
+            observed=times,
+            threshold=t.leap,
+            unit="times its size",
+            evidence=Evidence(UPDATE_FILE, (before, step)),
+            message=(
+                f"Between the steps {before} and {step} the weights of {name} became {times:.3g} "
+                "times as large, far more than the steps that were measured on both sides add up "
+                "to: a single step there, or something that wrote into them, has overwritten them."
+            ),
+            suggestion=(
+                "Look at what happened there: an optimizer whose moments were lost or reset (a "
+                "checkpoint without its state), a rate that leapt for a step, weights that were "
+                "loaded or rescaled. Warm the rate up again after such a change."
+            ),
+            confidence=0.7,
+        )
+    ]
 
 
 def _jumped(traces: list[Updates], t: UpdateTooLarge) -> list[Finding]:

@@ -12,6 +12,7 @@ from lightning_diag.rules.finding import Evidence, Finding, Severity
 from lightning_diag.rules.registry import rule
 from lightning_diag.rules.remedies import strengthen_gradient
 from lightning_diag.rules.sizes import Size, is_tiny, largest, ratio, sizes, sizes_by_step
+from lightning_diag.rules.stopped_early import stopped_finding
 from lightning_diag.rules.traces import (
     GRAD_FILE,
     Trace,
@@ -59,20 +60,27 @@ class VanishingGradient:
 @rule(
     "vanishing_gradient",
     family="gradients",
-    needs="grad",
+    needs=("grad", "collapse"),
     thresholds=VanishingGradient,
     explains=("representation_collapse", "attention_uniform", "gradient_imbalance", *STANDSTILL),
     reference="Glorot and Bengio 2010, section 4; bands of the reference systems: mean norm 1e-5, "
     "smallest tensor norm 1e-7.",
     remedy=strengthen_gradient,
 )
-def vanishing_gradient(grad: "pl.DataFrame", thresholds: VanishingGradient) -> list[Finding]:
+def vanishing_gradient(
+    grad: "pl.DataFrame", collapse: "pl.DataFrame", thresholds: VanishingGradient
+) -> list[Finding]:
     """Components whose gradient is tiny while others' is not, or tiny everywhere from the start.
 
     Tiny means a norm below `mean_l2` and `others_ratio` times below the largest other component,
     or `others_ratio` times below its own usual share, at once rather than little by little. A
     model in which everything shrinks together has converged, which is no sickness.
     """
+    ended = stopped_finding(
+        collapse, "vanishing_gradient", "The gradient norm fell to {norm}", _SUGGESTION
+    )
+    if ended:
+        return ended
     frame = without_skipped(grad)
     traces = component_traces(frame)
     table = {
@@ -219,7 +227,8 @@ def _between_layers(trace: Trace, t: VanishingGradient) -> Finding | None:
     rows = [
         (step, low, high / low, name)
         for step, low, high, name in zip(*columns, trace.words("smallest"), strict=True)
-        if low > 0 and high > 0
+        # a bias with two dimensions is no layer through which the gradient passes
+        if low > 0 and high > 0 and not (name or "").endswith("bias")
     ]
     rows = rows[after_warmup(len(rows), t.warmup_rows, t.warmup_share) :]
     tiny = [low < t.layer_l2 and times > t.layer_ratio for _, low, times, _ in rows]

@@ -81,8 +81,8 @@ def _cut(fault: Fault, t: DetachedGraph) -> Finding:
         severity,
         f"{fault.number('parameters'):,.0f} trainable elements ({fault.names}) got no gradient in "
         f"{steps:.0f} steps: the graph is cut, {fault.last.get('at')}.",
-        "Look there for `.detach()`, `.data`, `torch.no_grad()`, a way through NumPy or lists, or a "
-        "choice such as `argmax`, which needs a straight-through estimator or Gumbel-softmax. If "
+        "Look there for `.detach()`, `.data`, `torch.no_grad()`, a way through NumPy or lists, or "
+        "a choice such as `argmax`, which needs a straight-through estimator or Gumbel-softmax. If "
         "this part is meant to rest, freeze it with `requires_grad_(False)` and leave it out of "
         "the optimizer.",
         observed=fault.share,

@@ -40,7 +40,7 @@ class DoubleSoftmax:
     family="wiring",
     needs="wiring",
     thresholds=DoubleSoftmax,
-    explains=("vanishing_gradient", *STANDSTILL),
+    explains=("vanishing_gradient", *STANDSTILL, *TURMOIL),
     reference="torch.nn.CrossEntropyLoss and BCEWithLogitsLoss take logits.",
 )
 def double_softmax(wiring: "pl.DataFrame", thresholds: DoubleSoftmax) -> list[Finding]:
@@ -118,6 +118,13 @@ def _mismatch(fault: Fault) -> tuple[Severity, str, str]:
             "Number the classes from 0, and give the last layer as many outputs as there are."
             if classes
             else "Scale the targets to probabilities, or take a loss for numbers.",
+        )
+    if fault.kind == "out of reach":
+        return (
+            "warning",
+            f"The targets of `{where}` go from {low:g} to {high:g}, and the predictions come out "
+            "of an activation that ends at 1: they cannot get there.",
+            "Leave the activation out of the last layer, or scale the targets into its range.",
         )
     if fault.kind == "one class":
         return (

@@ -29,7 +29,13 @@ from recipes.modalities.batches import Batch, check_at_least
 __all__ = ["ACTIVATIONS", "PAIRWISE", "ViewContrast"]
 
 PAIRWISE = "pairwise"
-ACTIVATIONS = {"gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU}
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "mish": nn.Mish,
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+}
 LENGTHS = ("unit", "mip", "free")
 
 
@@ -48,7 +54,7 @@ class ViewContrast(LightningModule):
         features: length of the vectors that are compared.
         hidden: width of the encoders.
         layers: hidden layers; 0 for linear encoders.
-        activation: ``gelu``, ``silu``, ``mish`` or ``relu``.
+        activation: ``gelu``, ``silu``, ``mish``, ``relu`` or ``leaky_relu``.
         dropout: share of numbers dropped in training, 0 to 1.
         temperature: what similarities are divided by at first; it is learned.
         max_logit_scale: largest factor on similarities.

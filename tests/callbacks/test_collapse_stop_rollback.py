@@ -393,3 +393,22 @@ class TestSnapshot:
         cut_learning_rates([optimizer], [], 0.5)
         assert group["lr"] is kept
         assert float(kept) == 0.25
+
+
+class Half(Classifier):
+    """Holds a part that no forward reaches, so that its parameters have no shape yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.later = nn.LazyLinear(2)
+
+
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_parameters_without_a_shape_end_nothing(tmp_path, action):
+    keep = lightning("callbacks").ModelCheckpoint(tmp_path / "kept", every_n_train_steps=4)
+    stop = CollapseStop(action=action, on_error="raise")
+    fit(Half(), [stop, keep], loader(12), tmp_path, enable_checkpointing=True)
+    kept = torch.load(next((tmp_path / "kept").glob("*.ckpt")), weights_only=False)
+    assert isinstance(kept["state_dict"]["later.weight"], nn.UninitializedParameter)
+    assert nonfinite_entries(kept["state_dict"]).tolist().count(True) == 1  # the mask
+    assert Snapshot(Half(), [], 0).weights.keys() == Snapshot(Classifier(), [], 0).weights.keys()

@@ -6,11 +6,25 @@ from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis.strategies import (
+    booleans,
+    data,
+    fixed_dictionaries,
+    floats,
+    integers,
+    lists,
+    none,
+    sampled_from,
+    text,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_diag import GradientHealth, HealthAlerts, RunLogger
 from lightning_diag.lightning import Callback
+from lightning_diag.records import live_rows
 from lightning_diag.records.live_rows import LiveRows
+from lightning_diag.records.read_records import parse_records
 from lightning_diag.records.read_run import read_run
 from lightning_diag.rules import diagnose
 from lightning_diag.rules.finding import Evidence, Finding
@@ -219,6 +233,53 @@ class TestLiveRows:
         end()
         logger.log_rows("grad", [{"component": "a", "l2": 3}], step=2, epoch=0)
         assert len(live.frame("grad")) == 2
+
+    def test_a_row_is_parsed_once(self, monkeypatch):
+        parsed = []
+
+        def counting(data):
+            parsed.append(data.count(b"step"))
+            return parse_records(data)
+
+        monkeypatch.setattr(live_rows, "parse_records", counting)
+        live = LiveRows(history_rows=100)
+        for step in range(1000):
+            # a column without a value has no type, and is none that does not fit
+            bins = None if step % 20 < 10 else [1.0]
+            live.add("grad", self.line(step, l2=float(step), bins=bins))
+            if step % 10 == 9:
+                assert live.frame("grad")["step"].to_list() == [*range(max(0, step - 99), step + 1)]
+                assert live.frame("grad") is live.frame("grad")
+        assert parsed == [10] * 100
+        # more than it keeps came between two looks
+        for step in range(1000, 1250):
+            live.add("grad", self.line(step, l2=0.0))
+        assert live.frame("grad")["step"].to_list() == [*range(1150, 1250)]
+        assert parsed[100:] == [100]
+
+    @given(data())
+    def test_read_bit_by_bit_it_is_the_same(self, draw):
+        number = none() | floats(-9, 9).map(lambda x: round(x, 3)) | integers(-9, 9)
+        kinds = {"a": number, "b": none() | text("xyz", max_size=3), "c": none() | lists(number)}
+        kinds["mixed"] = number | sampled_from(["x", "y"])
+        row = fixed_dictionaries({}, optional=kinds)
+        rows = draw.draw(lists(row, max_size=25))
+        live, lines = LiveRows(history_rows=8), []
+        for step, values in enumerate(rows):
+            lines.append(self.line(step, **values))
+            live.add("grad", lines[-1])
+            if draw.draw(booleans()):
+                whole = parse_records("\n".join(lines[-8:]).encode())[0]
+                assert self.values(live.frame("grad")) == self.values(whole)
+
+    @staticmethod
+    def values(frame):
+        """What is there, whatever type a column has; text where a column holds several."""
+        found = []
+        for row in frame.to_dicts():
+            row["mixed"] = str(row.get("mixed")).removesuffix(".0")
+            found.append({name: value for name, value in row.items() if value is not None})
+        return found
 
     def test_without_rows_the_columns_are_there(self):
         assert LiveRows().frame("grad").columns == ["step", "epoch", "time", "attempt", "component"]

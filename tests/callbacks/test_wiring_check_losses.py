@@ -485,3 +485,34 @@ class TestConstantPrediction:
         row = wiring(tmp_path, "constant_prediction")[0]
         assert row["target_std"] == pytest.approx(float(y[:8].std(correction=0)))
         assert (row["from_batch"], row["top_share"]) == (1, None)
+
+
+class TestReach:
+    @pytest.mark.parametrize(
+        ("activation", "scale", "found"),
+        [
+            (torch.tanh, 30.0, True),
+            (torch.sigmoid, -3.0, True),
+            (torch.tanh, 0.3, False),
+            (lambda x: x, 30.0, False),
+        ],
+    )
+    def test_targets_that_an_activation_cannot_give(self, tmp_path, activation, scale, found):
+        class Bounded(Regression):
+            def training_step(self, batch, batch_idx):
+                return F.mse_loss(activation(self(batch[0]))[:, 0], scale * batch[1])
+
+        rules = [one.rule for one in findings(Bounded(), tmp_path, numbers()) if one.rank > 0]
+        assert ("loss_target_mismatch" in rules) == found
+
+    @pytest.mark.parametrize("logarithm", [True, False])
+    def test_relative_entropy_takes_logarithms(self, tmp_path, logarithm):
+        class Compared(Plain):
+            def training_step(self, batch, batch_idx):
+                scores = self(batch[0])
+                given = scores.log_softmax(1) if logarithm else scores.softmax(1)
+                wanted = F.one_hot(batch[1], CLASSES) * 0.9 + 0.02
+                return F.kl_div(given, wanted, reduction="batchmean")
+
+        rules = [one.rule for one in findings(Compared(), tmp_path) if one.rank > 0]
+        assert ("loss_target_mismatch" in rules) != logarithm

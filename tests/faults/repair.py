@@ -52,7 +52,14 @@ def repair(case: Case, folder: Path, sick: Path | None = None) -> Repair:
         if number == 0 and sick is not None and sick.exists():
             place = sick
         else:
-            witness = train(case, config, place)
+            try:
+                witness = train(case, config, place)
+            except Exception as error:
+                if not number:
+                    raise
+                # overrides that cannot be trained with are the worst that a repair can end in
+                end = f"does not train: {type(error).__name__}: {error}"
+                return Repair(case.name, cause, changed, number, end)
         findings = [one for one in diagnose(read_run(place), on_error="raise") if one.rank > 0]
         if number == 0 and findings:
             cause = findings[0].rule

@@ -103,7 +103,8 @@ def train(case: Case, config: Config, folder: Path, setting: Setting = "close") 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         job = case.build(config)
-        logger.log_hyperparams(config)
+        # as `lightning-diag train` writes them down: what the diagnostics were given
+        logger.log_hyperparams({**config, "components": job.components and dict(job.components)})
         if job.val is None:
             trainer.pop("val_check_interval", None)
         elif len(job.train) < trainer.get("val_check_interval", 0):

@@ -168,8 +168,52 @@ def test_a_picture_of_a_run_and_of_a_sweep(folders, tmp_path):
         assert result.stdout == f"picture: {target}\n"
         sizes[name] = Image.open(io.BytesIO(target.read_bytes())).size
         assert target.read_bytes().startswith(PNG)
-    # loss and gradients below one another; two losses
-    assert sizes["run"][1] > sizes["sweep"][1] > 600
+    # loss and gradients below one another; of two runs beside one another, and what is of both
+    assert sizes["run"][1] < sizes["sweep"][1]
+    assert sizes["run"][0] < sizes["sweep"][0]
+
+
+def test_the_picture_of_a_sweep_shows_the_gravest_side_by_side(folders, monkeypatch):
+    from lightning_diag.monitor import picture as home
+    from lightning_diag.monitor.watched_runs import WatchedRuns
+
+    for number in range(6):
+        folder = folders(str(number)).begin(status="finished").train(9, 400)
+        if number == 5:
+            for step in range(409, 800, 10):
+                row = {"step": step, "time": 1000.0 + step, "count": 100, "tensors": 2}
+                silent = {"component": "head", "l2": None, "count": 0, "tensors": 0, "missing": 2}
+                folder.write("grad", row | {"component": "encoder", "l2": 0.5}, row | silent)
+    drawn = []
+
+    def seen(spec):
+        drawn.append(spec)
+        return make(spec)
+
+    make = home.chart_png
+    monkeypatch.setattr(home, "chart_png", seen)
+    assert home.picture(WatchedRuns(folders("0").path.parent)).startswith(PNG)
+    titles = [
+        spec["title"] if isinstance(spec["title"], str) else spec["title"]["text"] for spec in drawn
+    ]
+    shown = [f"Run {number}" for number in (0, 1, 2, 5)]
+    assert titles == ["Losses of all runs", "Findings of each run", *shown, *shown]
+    assert [spec["title"]["subtitle"][0] for spec in drawn[2::4]] == [
+        "Loss and learning rate",
+        "Gradient norm by component",
+    ]
+    assert "5: 1 critical, 0 warnings" in drawn[1]["description"]
+    assert "4: 0 critical, 0 warnings" in drawn[1]["description"]
+
+
+def test_names_that_no_picture_can_hold(folders, tmp_path):
+    for number in range(2):
+        names = ("enc\x00oder", "he\x1bad")
+        folders(f"{number}\x07").begin(status="finished").train(9, 50, names=names)
+    for path in (folders("0\x07").path, folders("0\x07").path.parent):
+        # what cannot be drawn ends the whole process
+        command = [*COMMAND, str(path), "--static", str(tmp_path / "a.png")]
+        assert subprocess.run(command, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

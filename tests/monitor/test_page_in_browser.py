@@ -91,6 +91,12 @@ def test_charts_and_numbers_of_a_run_are_shown(folder, serve, browse):
     assert "optimizer step" in axes
     assert "l2 norm of the gradient" in axes
     assert page.get_attribute("#bar", "aria-valuenow") == "100"
+    folder.begin(planned=400)
+    page.wait_for_function(
+        "document.querySelector('#done').textContent.startsWith('25 % done, about')"
+    )
+    assert page.get_attribute("#bar", "aria-valuetext") == page.inner_text("#done")
+    assert page.inner_text("#done").endswith("left")
 
 
 def test_the_page_keeps_up_with_what_is_written(folder, serve, browse):
@@ -113,7 +119,7 @@ def test_a_finding_appears_with_severity_step_and_what_to_try(folder, serve, bro
     folder.begin().train(9, 100)
     page = browse(serve(folder.path))
     page.wait_for_selector("#findings p")
-    assert page.inner_text("#findings") == "None above a note."
+    assert page.inner_text("#findings") == "None."
     for step in range(109, 200, 10):
         row = {"step": step, "time": 1000.0 + step, "count": 100, "tensors": 2, "missing": 0}
         silent = {"component": "head", "l2": None, "count": 0, "tensors": 0, "missing": 2}
@@ -192,9 +198,12 @@ def test_runs_that_are_ticked_are_shown_beside_the_chosen_one(folders, serve, br
     assert [one.locator("small").inner_text() for one in (left, right)] == ["run 0", "run 2"]
     assert right.locator(".chart").get_attribute("aria-label").startswith("run 2: ")
     assert page.get_by_role("checkbox", name="compare 0").is_disabled()
+    # and what was found in each
+    assert page.inner_text("#findings").split("\n\n") == ["run 0", "None.", "run 2", "None."]
     box.focus()
     page.keyboard.press("Space")
     page.wait_for_selector("#chart-training-1", state="detached")
+    assert page.inner_text("#findings") == "None."
 
 
 def test_a_run_of_a_sweep_that_is_killed_torn_or_deleted_says_so(folders, serve, browse):
@@ -281,7 +290,7 @@ def test_an_empty_chart_is_never_seen_while_it_is_drawn_anew(folder, serve, brow
 
 def test_wide_windows_have_two_columns_of_charts(folder, serve, browse):
     folder.begin().train(9, 100)
-    page = browse(serve(folder.path), viewport={"width": 1600, "height": 900})
+    page = browse(serve(folder.path), viewport={"width": 1280, "height": 900})
     drawn(page, "training", "gradient_flow")
     left, right = (
         page.locator(f"#chart-{x}").bounding_box() for x in ("training", "gradient_flow")

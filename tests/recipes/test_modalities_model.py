@@ -34,6 +34,7 @@ def batch(size: int = 6) -> Batch:
 def test_activations_by_name(name):
     model = tiny(activation=name)
     kinds = {"gelu": nn.GELU, "silu": nn.SiLU, "mish": nn.Mish, "relu": nn.ReLU}
+    kinds["leaky_relu"] = nn.LeakyReLU
     assert isinstance(model.encoders["a"][1], kinds[name])
 
 

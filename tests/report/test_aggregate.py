@@ -3,6 +3,8 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +324,25 @@ def test_hostile_names_do_no_harm(tmp_path):
     assert "secret-host" not in text
     assert HOSTILE in json.loads(files["production_summary.json"].read_text())["models"]
     assert files["metrics_comparison.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_that_no_picture_can_hold(tmp_path):
+    for name in ("a\x1bb", "c\x01d"):
+        make_run(tmp_path / name, name=name)
+    # what cannot be drawn ends the whole process
+    code = "import sys; from lightning_diag.report.aggregate_files import write_aggregate as write"
+    code += "; print(write(sys.argv[1])[1]['metrics_comparison.png'].read_bytes()[1:4])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "b'PNG'"), done.stderr
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "production_summary").write_text("in the way")
+    message = r"`.*production_summary` must be a folder that takes files, got: File exists\."
+    with pytest.raises(OSError, match=message):
+        write_aggregate(tmp_path)
 
 
 def test_broken_files_are_no_end(tmp_path):

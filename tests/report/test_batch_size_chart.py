@@ -1,5 +1,8 @@
 """The chart over batch sizes: what is drawn, and that every edge case is drawable."""
 
+import subprocess
+import sys
+
 import pytest
 
 from lightning_diag.report.batch_size import batch_size_chart, batch_size_picture
@@ -38,6 +41,15 @@ def test_edge_cases_are_drawn(name):
     picture = batch_size_picture(chart)
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert len(picture) > 5_000
+
+
+def test_a_title_that_no_picture_can_hold():
+    # what cannot be drawn ends the whole process
+    code = "from lightning_diag.report.batch_size import *"
+    code += "; print(batch_size_picture(batch_size_chart([], title='a\\x1bb'))[1:4])"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "b'PNG'"), done.stderr
 
 
 def test_what_is_drawn():

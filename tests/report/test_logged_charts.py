@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_diag import GradientHealth, HealthAlerts, RunLogger, UpdateRatio
 from lightning_diag.report.logged_charts import log_charts
-from tests.callbacks.witness import fit, lightning
+from tests.callbacks.witness import fit, lightning, rows
 from tests.conftest import Halving
 
 OURS = ("grad/", "update/", "health/")
@@ -22,7 +22,9 @@ class Sick(Halving):
     def training_step(self, batch, batch_idx):
         alive = float(self.trainer.global_step < 20)
         head = sum(weight.square().sum() / 2 for weight in self.head)
-        return sum(weight.square().sum() / 2 for weight in self.encoder) + alive * head
+        loss = sum(weight.square().sum() / 2 for weight in self.encoder) + alive * head
+        self.log("train_loss", loss)
+        return loss
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +46,11 @@ def logged(tmp_path_factory):
     diagnostics = [
         GradientHealth(every_n_steps=3, zeros_every=1),
         UpdateRatio(every_n_steps=5),
-        HealthAlerts(every_n_steps=10, console=False),
+        HealthAlerts(every_n_steps=10, console=False, charts=True),
     ]
     loader = DataLoader(TensorDataset(torch.zeros(60, 1)), batch_size=1)
     fit(Sick(), diagnostics, loader, folder, logger=loggers)
-    failed = log_charts(folder / "run", loggers)
+    failed = [row["message"] for row in rows(folder / "run", "notes", severity="warning")]
     loggers[3].experiment.finish()
     loggers[1].finalize("success")
     return folder, failed
@@ -171,6 +173,50 @@ def test_charts_are_pictures_at_the_last_step(logged):
     assert row["trainer/global_step"] == 59
 
 
+@pytest.fixture(scope="module")
+def mlflow_run(tmp_path_factory):
+    """The same into a real store of MLflow, and what it gives back."""
+    mlflow = pytest.importorskip("mlflow")
+    folder = tmp_path_factory.mktemp("mlflow")
+    logger = lightning("loggers").MLFlowLogger(
+        "mine",
+        tracking_uri=f"sqlite:///{folder}/mlflow.db",
+        artifact_location=(folder / "artifacts").as_uri(),
+    )
+    diagnostics = [
+        GradientHealth(every_n_steps=3, zeros_every=1),
+        UpdateRatio(every_n_steps=5),
+        HealthAlerts(every_n_steps=10, console=False, charts=True),
+    ]
+    loader = DataLoader(TensorDataset(torch.zeros(60, 1)), batch_size=1)
+    fit(Sick(), diagnostics, loader, folder, logger=[RunLogger(folder / "run"), logger])
+    return folder, mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db"), logger.run_id
+
+
+def test_mlflow_keeps_scalars_findings_and_charts(mlflow_run, logged):
+    folder, client, run = mlflow_run
+    told = {
+        (key, one.step): one.value
+        for key in client.get_run(run).data.metrics
+        if key.startswith(OURS)
+        for one in client.get_metric_history(run, key)
+    }
+    assert told.keys() == scalars_of_board(logged[0]).keys()
+    rows = [json.loads(line) for line in (folder / "run/records/grad.jsonl").open()]
+    norms = {row["step"]: row["l2"] for row in rows if row["component"] == "encoder"}
+    kept = {step: value for (key, step), value in told.items() if key == "grad/encoder/l2"}
+    assert kept == pytest.approx(norms)
+    texts = [
+        Path(client.download_artifacts(run, one.path)).read_text()
+        for one in client.list_artifacts(run, "health")
+    ]
+    assert any("Dead component: head" in text for text in texts)
+    pictures = {one.path for one in client.list_artifacts(run, "charts")}
+    assert {"charts/gradient_flow.png", "charts/update_ratio.png"} <= pictures
+    file = Path(client.download_artifacts(run, "charts/gradient_flow.png"))
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
 class Mlflow:
     """What Lightning's MLFlowLogger shows of MLflow's client."""
 
@@ -200,6 +246,14 @@ def test_mlflow_gets_artifacts(logged):
     assert set(runs) == {"7"}
     assert "charts/gradient_flow.png" in files
     assert min(width for width, _ in sizes) > 1000
+
+
+def test_a_chart_without_rows_is_not_drawn(tmp_path):
+    run = RunLogger(tmp_path)
+    run.log_metrics({"train_loss": 1.0}, step=3)
+    logger = MLFlowLogger()
+    assert log_charts(tmp_path, [logger]) == []
+    assert [place for _, _, place in logger.told] == ["charts/training.png"]
 
 
 def test_a_finding_is_a_text_of_mlflow():

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_diag.report import write_report
+from lightning_diag.report.groups import grouped
 from lightning_diag.report.question_series import loss_parts, part_weights, series, total_loss
 from lightning_diag.report.sections import SECTIONS
-from lightning_diag.report.sections.questions import questions_section
+from lightning_diag.report.sections.questions import agreed, questions_section
+from lightning_diag.rules import Finding
 from tests.report.conftest import HOSTILE
 
 QUESTIONS = (
@@ -126,8 +128,38 @@ def test_it_comes_first_in_every_form(good):
         assert all(question.rstrip("?") in text for question in QUESTIONS)
 
 
-def test_no_section_where_nobody_logged_parts_or_latents(write_run, healthy_rows):
-    assert questions_section(write_run(healthy_rows)) is None
+def test_no_section_where_nothing_bears_on_a_question(write_run, healthy_rows):
+    assert questions_section(write_run({"grad": healthy_rows["grad"]})) is None
+
+
+def test_all_five_are_answered_where_one_loss_was_logged(write_run, healthy_rows):
+    said = answers(write_run(healthy_rows))
+    assert tuple(said) == QUESTIONS
+    assert said["Which loss dominates?"].startswith("There is one loss")
+
+
+def test_the_loss_that_collapse_stop_saw_stands_in_for_one_that_was_not_logged(write_run):
+    rows = [{"step": 10 * i + 9, "loss": 2.0 * 0.9**i, "nonfinite": 0} for i in range(20)]
+    said = answers(write_run({"loss": rows}))
+    assert said["Is training healthy?"].startswith("Yes, as far as its curves show: `loss` fell")
+    rows[15] |= {"loss": None, "nonfinite": 10}
+    said = answers(write_run({"loss": rows}, name="lost"))
+    assert said["Is training healthy?"].startswith("No: `loss` was NaN or infinite at 1 of 20")
+
+
+def test_curves_do_not_call_healthy_what_findings_call_sick(write_run, healthy_rows):
+    section = questions_section(write_run(healthy_rows))
+    assert agreed([section], []) == [section]
+    groups = grouped([Finding("learning_rate_too_high", "warning")])
+    first, *rest = agreed([section], groups)[0].lines
+    assert first.startswith("Is training healthy? No: the learning rate is too high. By its curves")
+    assert rest == list(section.lines[1:])
+
+
+def test_a_latent_space_of_zeros_has_collapsed(write_run):
+    zeros = latent(19, latent_norm=0.0, mean_cosine=None, effective_rank=None)
+    said = answers(write_run({"latent": [latent(9), zeros]}))["Is the latent space alive?"]
+    assert said == "No, it has collapsed: all of `encoder` is zero at step 19."
 
 
 def test_what_is_missing_is_said(write_run):
@@ -353,7 +385,8 @@ def test_a_validation_loss_that_rises_with_the_training_loss(write_run):
 @pytest.mark.parametrize(
     ("numbers", "verdict"),
     [
-        ({"data_wait": 0.4, "gpu_percent": 90.0}, "Yes, its input: 40 % of the time"),
+        ({"data_wait": 0.6, "gpu_percent": 90.0}, "Yes, its input: 60 % of the time"),
+        ({"data_wait": 0.4, "gpu_percent": 90.0}, "In part, its input: 40 % of the time"),
         ({"gpu_percent": 12.0}, "The GPU had little to do: 5 % of the time"),
         ({}, "Not its input: 5 % of the time"),
     ],

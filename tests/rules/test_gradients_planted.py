@@ -332,3 +332,22 @@ def test_a_single_number_is_not_accused(rng):
     norms = {**healthy(rng), "embedding": noise(rng, 60, 3e-9)}
     rows = trace(norms, counts={"embedding": 1})
     assert not alarms(diagnose(run_of(rows), on_error="raise"))
+
+
+def test_a_clip_that_is_lowered_in_mid_run(rng):
+    rows = trace(healthy(rng))
+    for row in rows:
+        late = row["step"] >= 300
+        if row["component"] is None:
+            row |= {"clip_value": 1e-4 if late else 5.0, "clipped": int(late)}
+            row |= {"clip_coefficient": 1e-4 if late else 1.0, "clip_algorithm": "norm"}
+    finding = only(diagnose(run_of(rows), on_error="raise"), "clipping_dominates")
+    assert finding.first_step == 300
+
+
+def test_a_norm_that_is_absurd_from_the_start(rng):
+    norms = {name: 1e6 * series for name, series in healthy(rng).items()}
+    finding = only(diagnose(run_of(trace(norms)), on_error="raise"), "exploding_gradient")
+    assert finding.severity == "warning"
+    norms = {**healthy(rng), "head": 1e6 * healthy(rng)["head"]}
+    assert "exploding_gradient" not in alarms(diagnose(run_of(trace(norms)), on_error="raise"))

@@ -445,3 +445,12 @@ def test_several_optimizers_are_seen():
     assert has_several_optimizers(pl.DataFrame({"optimizer": [0, 1, None]}))
     assert not has_several_optimizers(pl.DataFrame({"optimizer": [0, 0]}))
     assert not has_several_optimizers(pl.DataFrame())
+
+
+@pytest.mark.parametrize(("growth", "found"), [(1.08, True), (1.0, False)])
+def test_a_loss_without_a_lower_end(growth, found):
+    steps = np.arange(300)
+    losses, norms = -(growth**steps), growth**steps
+    run = MadeUpRun({"loss": loss_rows(losses, norms=norms)})
+    rules = {one.rule for one in diagnose(run, on_error="raise") if one.rank > 0}
+    assert ("divergence" in rules) == found

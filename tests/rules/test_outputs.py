@@ -242,3 +242,12 @@ def test_rows_with_few_columns_are_read():
     steps = [{"step": step, "component": "a"} for step in STEPS]
     rows = {"activation": steps, "latent": steps, "wiring": steps, "loss": steps}
     assert diagnose(MadeUpRun(rows=rows), on_error="raise") == []
+
+
+@pytest.mark.parametrize(("stuck", "found"), [(0.0, False), (0.9, True)])
+def test_what_a_part_gives_may_be_black_and_white(stuck, found):
+    row = {"component": "net.decoder.out", "part": "decoder", "function": "sigmoid", "gate": 0}
+    row |= {"saturated_share": 0.83, "saturated_units": stuck, "last": 0, "last_of_part": 1}
+    rows = [{**row, "step": step} for step in range(99, 800, 100)]
+    rules = {one.rule for one in diagnose(MadeUpRun({"activation": rows})) if one.rank > 0}
+    assert ("saturated_activation" in rules) == found

@@ -71,3 +71,28 @@ def test_a_mapping_takes_the_place_of_null():
     made = changes([finding("vanishing_gradient", {"component_lrs": {"a": 3.0}})], config)
     assert [(one.key, one.before) for one in made] == [("component_lrs.a", None)]
     assert changed_config(config, made) == {"component_lrs": {"a": 3.0}}
+
+
+def test_a_rate_is_not_raised_along_with_what_may_be_why_it_was_slow():
+    network = finding("vanishing_gradient", {"model.activation": "gelu"})
+    for asked in ({"optimizer.lr": 5.0}, {"component_lrs": {"tail": 20.0}}):
+        slow = finding("update_too_small", asked, component="tail")
+        assert told([network, slow]) == {("model", "activation"): "gelu"}
+        assert left_out([network, slow], CONFIG) == [
+            (slow, "waits for what a change of model.activation does")
+        ]
+        assert told([slow]) == told([finding("input_bound", {}), slow])
+        # the first cause comes first, and what only makes batches come faster is no reason to wait
+        assert len(told([slow, network])) == 2
+        assert len(told([finding("input_bound", {"hardware.num_workers": 2}), slow])) == 2
+    lower = finding("learning_rate_too_high", {"optimizer.lr": 0.1})
+    assert len(told([network, lower])) == 2
+
+
+def test_several_parts_are_raised_at_once():
+    first = finding("update_too_small", {"component_lrs": {"tail": 20.0}}, component="tail")
+    second = finding("update_too_small", {"component_lrs": {"neck": 20.0}}, component="neck")
+    everywhere = finding("learning_rate_too_low", {"optimizer.lr": 5.0})
+    assert len(told([first, second])) == 2
+    # not both: the part would be raised twice
+    assert told([everywhere, second]) == {("optimizer", "lr"): 5.0}

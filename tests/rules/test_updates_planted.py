@@ -429,3 +429,60 @@ def test_weights_that_their_decay_makes_fade_are_not_a_rate_that_is_too_high():
     for row in rows:
         row["weight_rms"] = 0.1 * 0.9 ** row["step"]
     assert "learning_rate_too_high" not in alarms(MadeUpRun({"loss": loss, "update": rows}))
+
+
+def test_a_warm_up_that_begins_anew():
+    again = np.linspace(1e-8, 1e-6, 80)
+    rates = np.concatenate([np.linspace(1e-5, 1e-3, 20), np.full(100, 1e-3), again])
+    run = MadeUpRun({"loss": windows(falling(), rates=rates)})
+    finding = only(run, "scheduler_misuse")
+    assert finding.first_step == 120
+    assert "begins anew" in finding.message
+    stepped = np.concatenate([np.full(120, 1e-3), np.full(80, 1e-5)])
+    assert not alarms(MadeUpRun({"loss": windows(falling(), rates=stepped)}))
+
+
+# ---- runs that were stopped at once ----
+
+
+def ended(norms, losses, kinds, rate):
+    rows = [
+        {
+            "step": step,
+            "component": None,
+            "event": int(step > 0),
+            "gradient_norm": norm,
+            "kinds": kinds if step else None,
+            "loss": loss,
+            "streak": step,
+            "action": "stop" if step == len(norms) - 1 else None,
+        }
+        for step, (norm, loss) in enumerate(zip(norms, losses, strict=True))
+    ]
+    return MadeUpRun({"collapse": rows, "loss": windows(losses, rates=rate, width=len(losses))})
+
+
+@pytest.mark.parametrize(
+    ("norms", "losses", "kinds"),
+    [
+        ([5.0, 3e4, 2e9, 2e17], [32.0, 2e8, 1e16, 1e27], "exploding_gradient,loss_spike"),
+        ([3.9, 1e-15, 1e-20, 1e-22], [5.66, 4.852, 4.852, 4.852], "vanishing_gradient"),
+    ],
+)
+def test_a_run_that_its_first_step_has_ruined(norms, losses, kinds):
+    found = diagnose(ended(norms, losses, kinds, 30.0), on_error="raise")
+    assert (found[0].rule, found[0].severity) == ("learning_rate_too_high", "critical")
+    (other,) = [one for one in found if one.rule in kinds.split(",")[:1]]
+    assert other.caused_by == "learning_rate_too_high"
+
+
+def test_a_run_that_explodes_from_its_start_on():
+    run = ended([100.0, 300.0, 1900.0, 700.0], [5.5, 6.0, 9.0, 7.0], "exploding_gradient", 1e-3)
+    assert alarms(run) == {"exploding_gradient"}
+    finding = only(run, "exploding_gradient")
+    assert (finding.severity, finding.first_step) == ("critical", 1)
+
+
+def test_a_run_that_is_stopped_late_is_told_by_its_rows():
+    run = ended([5.0] + [3e4] * 60, [32.0] + [2e8] * 60, "exploding_gradient", 30.0)
+    assert "the first step ruined" not in " ".join(one.message for one in diagnose(run)).lower()

@@ -105,6 +105,12 @@
     bar.firstElementChild.style.width = `${percent || 0}%`;
     if (percent === null) bar.removeAttribute("aria-valuenow");
     else bar.setAttribute("aria-valuenow", percent);
+    const left = run.summary.remaining_seconds;
+    const said = percent === null ? "" : left === null ? `${percent} % done`
+      : `${percent} % done, about ${duration(left)} left`;
+    bar.setAttribute("aria-valuetext", said);
+    get("done").hidden = !said;
+    write(get("done"), said);
   }
 
   function numbers(run) {
@@ -114,7 +120,6 @@
       ["step", step], ["training loss", short(one.loss)],
       ["best validation loss", short(one.best_val_loss)], ["learning rate", short(one.learning_rate)],
       ["samples per second", short(one.samples_per_second)], ["time so far", duration(one.elapsed_seconds)],
-      ["time left", duration(one.remaining_seconds)],
     ];
     arrange(get("numbers"), pairs.map(([name]) =>
       [name, () => element("div", {}, element("dt", { text: name }), element("dd"))]));
@@ -132,20 +137,34 @@
       element("p", {}, ...prose(one.message)), attempt);
   }
 
-  function findings(run) {
+  // of the chosen run, and below them those of the runs beside it
+  function findings() {
+    const runs = columns().map((number) => state.runs[number]).filter((run) => run && run.charts);
+    const wanted = runs.flatMap((run) => {
+      const name = runs.length > 1 ? `run ${clipped(run.summary.name)}` : "";
+      const title = [[`${name} title`, () => element("p", { class: "of", text: name })]];
+      return [...(name ? title : []), ...found(run, name)];
+    });
+    arrange(get("findings"), wanted);
+  }
+
+  function found(run, name) {
     const grave = run.findings.filter((one) => one.severity !== "info");
     const noted = run.findings.filter((one) => one.severity === "info");
-    const wanted = grave.map((one) => [JSON.stringify(one), () => card(one)]);
-    if (!grave.length) wanted.push(["none", () => element("p", { class: "quiet", text: "None above a note." })]);
+    const wanted = grave.map((one) => [name + JSON.stringify(one), () => card(one)]);
+    if (!grave.length) {
+      const text = noted.length ? "Nothing to be alarmed at." : "None.";
+      wanted.push([name + text, () => element("p", { class: "quiet", text })]);
+    }
     if (noted.length) {
-      const before = get("findings").querySelector("details");
+      const before = [...get("findings").querySelectorAll("details")].find((one) => one.dataset.of === name);
       const open = before && before.open ? { open: "" } : {};
       const list = () => element("ul", {}, ...noted.map((one) => element("li", {}, ...prose(one.message))));
       const count = `${noted.length} noted, no alarm`;
-      wanted.push([JSON.stringify(noted),
-        () => element("details", open, element("summary", { text: count }), list())]);
+      wanted.push([name + JSON.stringify(noted),
+        () => element("details", { ...open, "data-of": name }, element("summary", { text: count }), list())]);
     }
-    arrange(get("findings"), wanted);
+    return wanted;
   }
 
   function tableRow(number) {
@@ -228,7 +247,9 @@
     const config = structuredClone(theme[dark.matches ? "dark" : "light"]);
     const wide = Math.max(180, place.clientWidth - 96);
     size(drawn, wide);
-    config.legend.columns = Math.max(1, Math.floor(wide / 200));
+    config.legend.columns = Math.max(1, Math.floor(wide / 210));
+    config.legend.labelLimit = wide / config.legend.columns - 30;
+    config.axis.labelSeparation = 8;
     if (wide < 460) config.legend.layout = { bottom: { direction: "vertical" } };
     const frame = element("div");
     const options = { mode: "vega-lite", renderer: "svg", actions: false, config };
@@ -324,7 +345,7 @@
     headline(run);
     numbers(run);
     sweep();
-    findings(run);
+    findings();
     charts();
   }
 

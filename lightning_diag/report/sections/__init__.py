@@ -12,6 +12,7 @@ __all__ = ["SECTIONS", "sections"]
 
 SECTIONS: tuple[str, ...] = (
     "questions",
+    "alerts",
     "collapse",
     "wiring",
     "learning_rate",

@@ -20,6 +20,7 @@ Chart = Any
 """An Altair chart; the annotations of Altair itself do not fit one another."""
 
 _MOST = 20
+_ORIGINS = 3
 _WORDS = {
     "nonfinite_loss": "loss not finite",
     "nonfinite_gradient": "gradient not finite",
@@ -69,6 +70,7 @@ def collapse_section(run: "Run") -> Section | None:
     reason = run.info.get("stop_reason")
     if isinstance(reason, Mapping) and reason.get("diagnostic") == "CollapseStop":
         lines.append(_stopped(reason))
+    lines += _origins(run.frame("nonfinite"))
     cells = [_cells(streak) for streak in streaks[-_MOST:]]
     title = "Events in a row" + (f", the last {_MOST}" if len(streaks) > _MOST else "")
     return Section(
@@ -116,6 +118,14 @@ def _sentence(streaks: list[_Streak], rows: list[dict[str, Any]]) -> str:
     longest = max(streak.events for streak in streaks)
     row = f", at most {longest} in a row" if longest > 1 else ""
     return f"{several}, the first at step {streaks[0].first}{row}, up to step {last}."
+
+
+def _origins(frame: "pl.DataFrame") -> list[str]:
+    """Where numbers that are not finite came from, for the steps that were made again."""
+    if not {"message", "step"} <= set(frame.columns):
+        return []
+    known = [row for row in frame.to_dicts() if row["message"] and row["step"] is not None]
+    return [f"Step {row['step']} was made again: {row['message']}" for row in known[:_ORIGINS]]
 
 
 def _stopped(reason: Mapping[str, Any]) -> str:

@@ -1,9 +1,12 @@
 """Five questions that one asks of every run, answered with its own numbers."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from lightning_diag.report.groups import Group
+from lightning_diag.report.issue_words import what_is_wrong
 from lightning_diag.report.question_series import (
     Series,
     loss_parts,
@@ -17,8 +20,12 @@ from lightning_diag.report.words import short
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
 
-__all__ = ["questions_section"]
+__all__ = ["QUESTIONS", "agreed", "questions_section"]
 
+QUESTIONS = "Five questions"
+"""Title of the section."""
+
+_NEEDS = ("metrics", "loss", "latent", "hardware")
 _FEW_POINTS = 4
 _MANY_NOISES = 3  # the loss must move by so many distances between neighbours
 _MANY_TIMES = 100  # growth of the gradient norm
@@ -28,7 +35,8 @@ _SAME_COSINE = 0.99
 _FEW_DIMENSIONS = 1.5
 _SMALL_SHARE = 0.05
 _MUCH_RISEN = 0.1  # of what the validation loss had fallen by
-_MUCH_WAITING = 0.2
+_MUCH_WAITING = 0.5
+_SOME_WAITING = 0.2
 _BUSY_GPU = 50.0
 _FULL_MEMORY = 90.0
 
@@ -43,12 +51,11 @@ def questions_section(run: "Run") -> Section | None:
         run: What `read_run` returned.
 
     Returns:
-        None where the run logged neither two parts of a loss nor the statistics of a latent space,
-        and so has no need of more than the other sections.
+        None where the run has no rows that bear on any of them.
     """
-    parts = loss_parts(run.frame("metrics"))
-    if len(parts) < 2 and run.frame("latent").is_empty():
+    if all(run.frame(prefix).is_empty() for prefix in _NEEDS):
         return None
+    parts = loss_parts(run.frame("metrics"))
     answers = (
         f"Is training healthy? {_healthy(run)}",
         f"Which loss dominates? {_dominant(run, parts)}",
@@ -56,7 +63,28 @@ def questions_section(run: "Run") -> Section | None:
         f"Is it overfitting? {_overfitting(run)}",
         f"Is the machine the limit? {_machine(run)}",
     )
-    return Section("Five questions", answers)
+    return Section(QUESTIONS, answers)
+
+
+def agreed(sections: Sequence[Section], groups: Sequence[Group]) -> list[Section]:
+    """The sections, in which the curves do not call healthy what the findings call sick.
+
+    Args:
+        sections: Those of a report.
+        groups: What was found in the run.
+    """
+    return [_with_findings(one, groups) if one.title == QUESTIONS else one for one in sections]
+
+
+def _with_findings(section: Section, groups: Sequence[Group]) -> Section:
+    question, _, answer = section.lines[0].partition("? ")
+    if not groups or answer.startswith("No"):
+        return section
+    found = what_is_wrong(groups[0].first)
+    more = f", and {len(groups) - 1} more above" if len(groups) > 1 else ""
+    alone = answer.replace(", as far as its curves show", "")
+    line = f"{question}? No: {found}{more}. By its curves alone: {alone}"
+    return replace(section, lines=(line, *section.lines[1:]))
 
 
 def _healthy(run: "Run") -> str:
@@ -64,7 +92,7 @@ def _healthy(run: "Run") -> str:
     if isinstance(stop, Mapping):
         said = str(stop.get("message") or stop.get("rule")).rstrip(".")
         return f"No: {stop.get('diagnostic') or 'a diagnostic'} stopped the run: {said}."
-    loss = total_loss(run.frame("metrics"))
+    loss = _training_loss(run)
     if loss is None:
         return "Cannot be told: no training loss was logged, under a name such as `train_loss`."
     if loss.lost:
@@ -73,7 +101,8 @@ def _healthy(run: "Run") -> str:
             f"{len(loss.lost) + len(loss.points)} logged steps, first at step {loss.lost[0]}."
         )
     if len(loss.points) < _FEW_POINTS:
-        return f"Cannot be told: `{loss.name}` was logged at {len(loss.points)} steps alone."
+        steps = "1 step" if len(loss.points) == 1 else f"{len(loss.points)} steps"
+        return f"Cannot be told: `{loss.name}` was logged at {steps} alone."
     start, end = loss.start, loss.end
     fallen = start.median - end.median
     went = (
@@ -88,6 +117,16 @@ def _healthy(run: "Run") -> str:
         noise = f"its neighbours differ by {short(loss.noise)}"
         return f"Hardly: `{loss.name}` went {went}, and {noise}; {gradient}."
     return f"Yes, as far as its curves show: `{loss.name}` fell {went}; {gradient}."
+
+
+def _training_loss(run: "Run") -> Series | None:
+    """The loss that was logged, else the one that `CollapseStop` saw."""
+    logged = total_loss(run.frame("metrics"))
+    if logged is not None:
+        return logged
+    seen = series(run.frame("loss"), "loss")
+    lost = [step for step, bad in series(run.frame("loss"), "nonfinite").points if bad]
+    return Series("loss", seen.points, lost) if seen.points or lost else None
 
 
 def _gradient(run: "Run") -> tuple[bool, str]:
@@ -110,6 +149,11 @@ def _gradient(run: "Run") -> tuple[bool, str]:
 
 
 def _dominant(run: "Run", parts: Mapping[str, Series]) -> str:
+    if not parts and _training_loss(run) is not None:
+        return (
+            "There is one loss, as far as the run shows: no parts of it were logged, under names "
+            "such as `loss_image`."
+        )
     if len(parts) < 2:
         number = "one part" if parts else "no part"
         return (
@@ -176,6 +220,8 @@ def _latents(run: "Run") -> Iterable[str]:
 def _alive(name: str, rows: list[dict[str, Any]]) -> str:
     """By directions, not by the deviation of all elements: that is mostly the norm."""
     first, last = rows[0], rows[-1]
+    if _number(last, "latent_norm") == 0:
+        return f"No, it has collapsed: all of `{name}` is zero at {_at(last)}."
     rank, limit = _number(last, "effective_rank"), _number(last, "rank_limit")
     cosine, spread = _number(last, "mean_cosine"), _number(last, "std_ratio")
     if rank is None or cosine is None or not limit:
@@ -201,7 +247,7 @@ def _alive(name: str, rows: list[dict[str, Any]]) -> str:
 def _overfitting(run: "Run") -> str:
     metrics = run.frame("metrics")
     validation = total_loss(metrics, ("val", "valid", "validation"))
-    training = total_loss(metrics)
+    training = _training_loss(run)
     if validation is None or not validation.points:
         return "Cannot be told: no validation loss was logged, under a name such as `val_loss`."
     if training is None or not training.points:
@@ -253,8 +299,9 @@ def _machine(run: "Run") -> str:
     numbers = f"{', '.join(said)} (medians of steps {steps[0][0]} to {steps[-1][0]})"
     memory = max(found["gpu_memory_percent"] or found["memory_percent"], default=0.0)
     full = f" Memory was nearly full: {short(memory)} %." if memory > _FULL_MEMORY else ""
-    if wait > _MUCH_WAITING:
-        return f"Yes, its input: {numbers}.{full}"
+    if wait > _SOME_WAITING:
+        much = "Yes" if wait > _MUCH_WAITING else "In part"
+        return f"{much}, its input: {numbers}.{full}"
     gpu = middle.get("gpu_percent")
     if gpu is None:
         return f"Not its input: {numbers}; no numbers of a GPU were recorded.{full}"

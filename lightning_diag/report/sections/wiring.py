@@ -7,10 +7,10 @@ from lightning_diag.report.section import Section, Table
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
 
-__all__ = ["wiring_section"]
+__all__ = ["CHECKS", "wiring_section"]
 
 _MOST = 12
-_CHECKS = {
+CHECKS = {
     "unoptimized_parameter": "trainable weights in an optimizer",
     "frozen_in_optimizer": "no frozen weights in an optimizer",
     "unused_parameter": "weights get gradients",
@@ -26,6 +26,7 @@ _CHECKS = {
     "double_softmax": "loss gets logits",
     "wrong_reduction": "loss is a mean",
 }
+"""What each check makes sure of."""
 
 
 def wiring_section(run: "Run") -> Section | None:
@@ -41,12 +42,17 @@ def wiring_section(run: "Run") -> Section | None:
     looks = {row["step"] for row in rows}
     if not looks:
         return None
-    table = [cells for check in _CHECKS for cells in _cells(check, rows)]
+    table = [cells for check in CHECKS for cells in _cells(check, rows)]
     wrong = sorted({cells[0] for cells in table if cells[1] == "wrong"})
+    several = "1 check" if len(wrong) == 1 else f"{len(wrong)} checks"
     line = f"{len(looks)} looks, the last at step {max(looks)}: "
-    line += f"{len(wrong)} checks found something." if wrong else "nothing is wrong."
+    line += f"{several} found something." if wrong else "nothing is wrong."
+    fine = [cells[0] for cells in table if cells[1] == "ok"]
+    lines = [line, *[f"As it should be: {', '.join(fine)}."] * bool(fine)]
     columns = ("check", "state", "where", "what", "since step")
-    return Section("Wiring", (line,), (Table(columns, table[: 4 * _MOST], left=4),))
+    odd = [cells for cells in table if cells[1] != "ok"]
+    tables = (Table(columns, odd[: 4 * _MOST], left=4),) if odd else ()
+    return Section("Wiring", tuple(lines), tables)
 
 
 def _cells(check: str, rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -56,7 +62,7 @@ def _cells(check: str, rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     last = max(row["step"] for row in own)
     now = [row for row in own if row["step"] == last]
     wrong = [row for row in now if row["state"] == "wrong"]
-    name = _CHECKS[check]
+    name = CHECKS[check]
     if wrong:
         return [
             (name, "wrong", _where(row), _what(row), str(_since(row, own))) for row in wrong[:_MOST]
