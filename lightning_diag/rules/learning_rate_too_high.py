@@ -150,7 +150,7 @@ def learning_rate_too_high(
 
 def _ended(collapse: "pl.DataFrame", loss: "pl.DataFrame", t: LearningRateTooHigh) -> list[Finding]:
     """A run that its very first step has ruined, so that it was stopped at once."""
-    stopped = stopped_early(collapse)
+    stopped = stopped_early(collapse, ended=False)
     rates = [] if "lr_max" not in loss.columns else loss["lr_max"].drop_nulls().to_list()
     if stopped is None or stopped.first is None or not stopped.turned_at_once:
         return []

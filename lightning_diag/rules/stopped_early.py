@@ -15,6 +15,7 @@ COLLAPSE_FILE = "records/collapse.jsonl"
 
 _COLUMNS = ("step", "event", "kinds", "gradient_norm", "loss", "action", "streak")
 _EARLY_STEPS = 50
+_IN_A_ROW = 3
 
 
 class Stopped:
@@ -47,23 +48,34 @@ class Stopped:
         after = self.events[0]["gradient_norm"]
         if self.events[0] is self.first:
             after = self.events[1]["gradient_norm"] if len(self.events) > 1 else None
-        if before is None or after is None or not 1e-3 < before <= 100:
+        # exactly zero is what dead units leave, whatever the step
+        if before is None or not after or not 1e-3 < before <= 100:
             return False
         return bool(after > 1e3 * before or after < 1e-4 * before)
 
 
-def stopped_early(collapse: "pl.DataFrame") -> Stopped | None:
-    """The end of a run that was ended within its first fifty steps; None for any other.
+def stopped_early(collapse: "pl.DataFrame", *, ended: bool = True) -> Stopped | None:
+    """The first streak of events of a run that collapsed within its first fifty steps.
 
     Args:
         collapse: Rows of ``collapse.jsonl``.
+        ended: Whether the run must have been ended by it; otherwise three events in a row do, as
+            where `CollapseStop` only warns.
+
+    Returns:
+        None for any other run.
     """
     if not set(_COLUMNS) <= set(collapse.columns) or collapse.height < 2:
         return None
-    rows = collapse.sort("step").to_dicts()
-    last = rows[-1]
-    if last["action"] != "stop" or last["step"] >= _EARLY_STEPS or not last["streak"]:
+    rows = [row for row in collapse.sort("step").to_dicts() if row["step"] < _EARLY_STEPS]
+    until = next((at for at, row in enumerate(rows) if row["action"] == "stop"), None)
+    if until is None and not ended:
+        streaks = (at for at, row in enumerate(rows) if (row["streak"] or 0) >= _IN_A_ROW)
+        until = next(streaks, None)
+    if until is None or not rows[until]["streak"]:
         return None
+    rows = rows[: until + 1]
+    last = rows[-1]
     events = [row for row in rows if row["event"]][-int(last["streak"]) :]
     return Stopped(events, rows[0] if rows[0]["step"] == 0 else None)
 

@@ -483,6 +483,9 @@ def test_a_run_that_explodes_from_its_start_on():
     assert (finding.severity, finding.first_step) == ("critical", 1)
 
 
-def test_a_run_that_is_stopped_late_is_told_by_its_rows():
-    run = ended([5.0] + [3e4] * 60, [32.0] + [2e8] * 60, "exploding_gradient", 30.0)
-    assert "the first step ruined" not in " ".join(one.message for one in diagnose(run)).lower()
+@pytest.mark.parametrize(("rate", "found"), [(30.0, True), (1e-4, False)])
+def test_a_run_that_collapses_at_once_and_is_not_stopped(rate, found):
+    run = ended([5.0] + [3e4] * 60, [32.0] + [2e8] * 60, "exploding_gradient", rate)
+    run.rows["collapse"][-1]["action"] = None
+    said = " ".join(one.message for one in diagnose(run, on_error="raise"))
+    assert ("The first step ruined the run" in said) == found
