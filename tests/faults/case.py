@@ -86,7 +86,16 @@ class Case:
     @property
     def unseen(self) -> bool:
         """Whether it was written when the rules were done, and no threshold was chosen by it."""
-        return self.name.startswith("fresh_")
+        return self.name.startswith("last_")
+
+    @property
+    def group(self) -> str:
+        """The group of cases that it is counted with."""
+        if self.unseen:
+            return "written last"
+        if self.name.startswith(("later_", "fresh_")):
+            return "second and third exam"
+        return "second half" if self.held_out else "first half"
 
     def __reduce__(self) -> tuple[Any, ...]:
         # functions without a name do not travel between processes; names do
