@@ -95,14 +95,14 @@ other means than the rules (`verify` of the case, with plain PyTorch). Gradients
 measured every 5 steps here, insides every 10, wiring every 20.
 
 Thresholds were first chosen on the *first half* of the cases, by the hash of their names. Each
-further group was measured once before anybody looked into it, and then opened, and what it showed
-was mended, so that its column in the table below is no test any more. When they were new:
+further group was measured once before anybody looked into it, then opened, and what it showed was
+mended, so that its column in the table below is no test any more. When they were new:
 
 | first measured | found | right cause first | healthy accused |
 | --- | --- | --- | --- |
 | second half, 101 faults and 75 healthy runs | 87 % | 64 % | 1 of 75 |
-| second exam (`later_`), 45 and 25, by an author who had not seen the rules | 96 % | 73 % | 1 of 25 |
-| third exam (`fresh_`), 81 and 36, by another such author | 85 % | 74 % | 0 of 36 |
+| second exam (`later_`), 45 and 25, by one who had not seen the rules | 96 % | 73 % | 1 of 25 |
+| third exam (`fresh_`), 81 and 36, by a third such author | 85 % | 74 % | 0 of 36 |
 
 The cases *written last* (`last_`) came after all that, again by an author who had not seen the
 rules, and no rule was changed for them: theirs are the figures to expect elsewhere.
