@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from lightning_diag.commands.errors import plain_errors
+from lightning_diag.commands.installing import in_words
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -123,5 +124,5 @@ def _print_extra(extra: str, packages: list[Need]) -> None:
         have = "is not installed" if one.found is None else f"is {one.found}"
         typer.echo(f"  {one.package} {have}; wanted {one.wanted or 'any version'}")
     if wrong:
-        target = _NAME if extra == _BASE else f"'{_NAME}[{extra}]'"
-        typer.echo(f"  to have it: pip install {target}")
+        checkout = "." if extra == _BASE else f"'.[{extra}]'"
+        typer.echo(f"  to have it: {in_words(checkout, [f'{n.package}{n.wanted}' for n in wrong])}")

@@ -3,12 +3,33 @@
 import os
 import signal
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
 import typer
 
 __all__ = ["UsageError", "plain_errors"]
+
+
+_VERBS = {
+    "iterdir": "list",
+    "makedirs": "make",
+    "mkdir": "make",
+    "mkdtemp": "write",
+    "mkstemp": "write",
+    "open": "open",
+    "read_bytes": "read",
+    "read_text": "read",
+    "rename": "rename",
+    "replace": "rename",
+    "rmtree": "remove",
+    "unlink": "remove",
+    "write_bytes": "write",
+    "write_text": "write",
+}
+"""What the functions of Python that fail on a file do, to be said to people."""
 
 
 class UsageError(Exception):
@@ -46,16 +67,48 @@ def plain_errors(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        place = _place(error)
-        typer.echo(f"error: {type(error).__name__}: {error}", err=True)
-        typer.echo(f"in {place}; `--debug` shows the way there.", err=True)
+        typer.echo(f"error: {_what(error)}", err=True)
+        typer.echo(f"in {_place(error)}; `--debug` shows the way there.", err=True)
         raise typer.Exit(1) from error
 
 
+def _what(error: Exception) -> str:
+    """What went wrong; of a file, which one, and what was to be done with it."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return f"{type(error).__name__}: {error}"
+    frames, own = _frames(error), _own(error)
+    called = [one.tb_frame.f_code.co_name for one in frames[own + 1 :]]
+    verb = next((_VERBS[name] for name in called if name in _VERBS), "use")
+    paths = [str(one) for one in (error.filename, error.filename2) if one is not None]
+    reason = error.strerror or type(error).__name__
+    return f"cannot {verb} {' as '.join(paths)}: {reason}."
+
+
 def _place(error: Exception) -> str:
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    if frame is None:
+    frames = _frames(error)
+    if not frames:
         return "an unknown place"
-    return f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"
+    # where Python opens files says nothing, but the line that wanted one does
+    last = frames[_own(error) if isinstance(error, OSError) else -1]
+    return f"{last.tb_frame.f_code.co_filename}:{last.tb_lineno}"
+
+
+def _frames(error: Exception) -> list[TracebackType]:
+    found, frame = [], error.__traceback__
+    while frame is not None:
+        found.append(frame)
+        frame = frame.tb_next
+    return found
+
+
+def _own(error: Exception) -> int:
+    """Number of the last frame outside of Python's own library."""
+    files = [one.tb_frame.f_code.co_filename for one in _frames(error)]
+    outside = [number for number, name in enumerate(files) if not _is_pythons(name)]
+    return outside[-1] if outside else len(files) - 1
+
+
+def _is_pythons(name: str) -> bool:
+    library = sysconfig.get_path("stdlib")
+    installed = "site-packages" in name or "dist-packages" in name
+    return name.startswith("<frozen") or (name.startswith(f"{library}{os.sep}") and not installed)

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from lightning_diag.commands.errors import UsageError, plain_errors
+from lightning_diag.commands.installing import in_words
 
 __all__ = ["monitor"]
 
 _NEEDS = {"starlette": "page", "uvicorn": "page", "PIL": "picture"}
+_PACKAGES = {"PIL": "pillow"}
 
 
 def monitor(
@@ -69,6 +71,6 @@ def _show(path: Path, interval: float, port: int, static: Path | None, *, termin
 def _check_installed(kind: str) -> None:
     missing = [name for name, use in _NEEDS.items() if use == kind and find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"The {kind} needs what is not installed: pip install 'lightning-diag[monitor]'."
-        )
+        packages = [_PACKAGES.get(name, name) for name in missing]
+        how = in_words("'.[monitor]'", packages)
+        raise UsageError(f"The {kind} needs what is not installed: {how}.")

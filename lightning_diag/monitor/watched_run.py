@@ -33,6 +33,7 @@ ENDED: frozenset[RunState] = frozenset({"ended", "failed", "interrupted", "kille
 
 _ENDINGS: Mapping[str, RunState] = {"failed": "failed", "interrupted": "interrupted"}
 _SILENT_AFTER = 120.0
+_START = 10.0  # seconds that say little of the pace
 _SHARE = 10.0  # the rules rest for so many times what they took
 _AT_ONCE = 0.1  # seconds that are not worth a rest
 
@@ -51,7 +52,8 @@ class Summary:
         planned_steps: Steps it will have made.
         progress: Share of them, 0 to 1.
         elapsed_seconds: Since the last attempt began.
-        remaining_seconds: At the pace so far.
+        remaining_seconds: At the pace so far; None in the first ten seconds, which are mostly the
+            start.
         loss: Mean training loss of the last window.
         best_val_loss: The smallest.
         learning_rate: The largest of all groups.
@@ -198,9 +200,10 @@ class WatchedRun:
         one = self._summary
         state = self._state(self._last_written)
         remaining = None
-        if state == "running" and self._done and one.planned_steps and one.elapsed_seconds:
+        elapsed = one.elapsed_seconds or 0.0
+        if state == "running" and self._done and one.planned_steps and elapsed >= _START:
             left = max(0, one.planned_steps - (one.step or 0) - 1)
-            remaining = one.elapsed_seconds * left / self._done
+            remaining = elapsed * left / self._done
         return replace(one, state=state, remaining_seconds=remaining)
 
     # ---- what is known of it ----

@@ -4,6 +4,7 @@ from statistics import fmean
 from typing import Any
 
 from lightning_diag.report.aggregate import Group, Summary
+from lightning_diag.report.annotations import step_axis
 from lightning_diag.report.theme import WARNING, chart_config
 
 __all__ = ["boxed_metrics", "comparison_chart"]
@@ -102,7 +103,8 @@ def _lines(summary: Summary, colour: Any) -> Chart | None:  # noqa: ANN401
         ]
     if not thin and not apart:
         return None
-    across = alt.X("epoch:Q", title="epoch", axis=alt.Axis(format=",d", tickMinStep=1))
+    epochs = [row["epoch"] for row in [*thin, *apart]]
+    across = alt.X("epoch:Q", title="epoch", axis=step_axis((min(epochs), max(epochs))))
     up = alt.Y("value:Q", title=summary.metric, scale=alt.Scale(zero=False))
 
     def drawn(rows: list[dict[str, Any]]) -> Chart:

@@ -1,5 +1,6 @@
-"""What is laid over lines: where something began, what is usual, and what has no height."""
+"""What stands under and over lines: steps, where something began, what is usual."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,7 +9,7 @@ from lightning_diag.report.theme import WARNING
 if TYPE_CHECKING:
     import altair as alt
 
-__all__ = ["Onset", "band_layer", "mark_layer", "onset_layer"]
+__all__ = ["Onset", "band_layer", "mark_layer", "onset_layer", "step_axis"]
 
 Chart = Any
 """An Altair chart; the annotations of Altair itself do not fit one another."""
@@ -16,6 +17,7 @@ Chart = Any
 _USUAL = "#009e73"
 _NEARLY_ALL = 0.95
 _LEFT_HALF = 0.55  # further right, words stand on the left of the line
+_TICKS = 8
 
 
 class Onset(NamedTuple):
@@ -30,6 +32,22 @@ class Onset(NamedTuple):
     first: float
     last: float
     words: str
+
+
+def step_axis(edges: Sequence[float]) -> "alt.Axis":
+    """An axis of steps, whose ticks are whole numbers and each but once.
+
+    Args:
+        edges: First and last step.
+    """
+    import altair as alt
+
+    low, high = math.ceil(edges[0]), math.floor(edges[1])
+    # of so few steps Vega also marks halves, and rounding makes two of the same number
+    ticks: dict[str, Any] = {"values": [*range(low, high + 1)]} if 0 <= high - low < _TICKS else {}
+    return alt.Axis(
+        format=",d", tickMinStep=1, labelOverlap=True, labelFlush=True, tickCount=_TICKS, **ticks
+    )
 
 
 def onset_layer(plot: Chart, onset: Onset, edges: tuple[float, float], *, named: bool) -> Chart:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_diag.report.annotations import step_axis
 from lightning_diag.report.flow_data import HEALTHY, SILENT, FlowData, flow_data
 from lightning_diag.report.series import with_data
 from lightning_diag.report.theme import DASHES, WARNING, chart_config
@@ -77,8 +78,7 @@ def _step_axis(steps: list[int]) -> "alt.X":
     import altair as alt
 
     scale = alt.Scale(domain=steps, nice=False)
-    axis = alt.Axis(format=",d", tickMinStep=1, labelOverlap=True, labelFlush=True, tickCount=8)
-    return alt.X("step:Q", title="optimizer step", scale=scale, axis=axis)
+    return alt.X("step:Q", title="optimizer step", scale=scale, axis=step_axis(steps))
 
 
 def _norm_axis(data: FlowData) -> "alt.Y":
@@ -189,9 +189,10 @@ def _numbers(rows: list[dict[str, Any]], x: "alt.X") -> Chart:
 def training(run: "Run", *, width: int = 820, height: int = 240) -> Chart:
     """Loss curves, and the learning rate below them.
 
-    The losses are the logged metrics with ``loss`` in their name, the learning rates those that
-    begin with ``lr``; where the module logs no loss, what `CollapseStop` saw of it. Each is drawn
-    with at most 5000 points.
+    The losses are the logged metrics with ``loss`` in their name but for ``loss_share``, which is
+    none: the whole one before its parts, training before validation. The learning rates are those
+    that begin with ``lr``; where the module logs no loss, what `CollapseStop` saw of it is drawn.
+    Each has at most 5000 points.
 
     Args:
         run: What `read_run` returned.

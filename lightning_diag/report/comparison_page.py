@@ -10,6 +10,7 @@ from lightning_diag.report.norms import WHOLE
 from lightning_diag.report.page_parts import drawn, figure, page_template, themes, vega_bundle
 from lightning_diag.report.page_template import SCRIPT, STYLE
 from lightning_diag.report.series import Panel, line_chart, points_by
+from lightning_diag.report.training_data import is_loss
 
 if TYPE_CHECKING:
     from lightning_diag.records.read_run import Run
@@ -55,7 +56,7 @@ _STATES = (
 
 def _losses(comparison: Comparison, before: "Run", after: "Run") -> Any:  # noqa: ANN401
     points = metric_points(before), metric_points(after)
-    names = [one.name for one in comparison.metrics if "loss" in one.name.lower()]
+    names = [one.name for one in comparison.metrics if is_loss(one.name)]
     both = [name for name in names if name in points[0] and name in points[1]]
     panels, lost = [], []
     for name in (both or names)[:_LOSSES]:

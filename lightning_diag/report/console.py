@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from lightning_diag.report.groups import Group, grouped
-from lightning_diag.report.issue_words import since, what_is_wrong
+from lightning_diag.report.issue_words import plainly, since, what_is_wrong
 from lightning_diag.report.norms import WHOLE, ComponentNorms
 from lightning_diag.report.section import Section, Table
-from lightning_diag.report.words import override_words, short, step_words
+from lightning_diag.report.words import override_words, short, step_words, to_try
 from lightning_diag.report.write_report import Report
 from lightning_diag.rules.finding import Finding
 
@@ -141,7 +141,7 @@ def _group(number: int, group: Group) -> object:
     head.append(f"{one.issue}: {one.component or WHOLE}", "bold")
     head.append(f" ({steps})" if steps else "", "dim")
     lines = [Text(one.message)]
-    lines.append(Text(f"Try: {one.suggestion}"))
+    lines.append(Text(f"Try: {to_try(one.suggestion)}"))
     if one.overrides:
         lines.append(Text(override_words(one.overrides), "green"))
     lines += [_brief("The same", other) for other in group.elsewhere]
@@ -153,4 +153,4 @@ def _brief(what: str, one: Finding) -> "Text":
     from rich.text import Text
 
     when = f", {known}" if (known := since(one)) else ""
-    return Text(f"{what}: {what_is_wrong(one).replace('`', '')}{when}.", "dim")
+    return Text(f"{what}: {plainly(what_is_wrong(one))}{when}.", "dim")

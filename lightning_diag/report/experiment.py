@@ -1,16 +1,18 @@
 """A run's experiment, with the changes that its findings ask for, as a file for Hydra."""
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from os import PathLike
 from typing import Any
 
 from lightning_diag.report.norms import WHOLE
 from lightning_diag.rules.finding import Finding
 from lightning_diag.rules.repair import Change
 
-__all__ = ["difference", "experiment_yaml", "in_a_line", "not_taken_away"]
+__all__ = ["apply_command", "difference", "experiment_yaml", "in_a_line", "not_taken_away"]
 
 _PER_RUN = ("run_dir", "ckpt_path")
 _REMOVABLE = ("callbacks", "logger")  # groups in which null stands for "not there"
@@ -40,6 +42,18 @@ def difference(base: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
             if gone:
                 found[group] = {**found.get(group, {}), **gone}
     return found
+
+
+def apply_command(path: str | PathLike[str], findings: Iterable[Finding]) -> str:
+    """What writes an experiment with all overrides, as one types it; empty where there is none.
+
+    Example:
+        >>> apply_command("runs/mine", [Finding("loss_spike", "warning", overrides={"lr": 0.1})])
+        'lightning-diag report runs/mine --apply fixed.yaml'
+    """
+    if not any(one.overrides for one in findings if one.rank > 0):
+        return ""
+    return shlex.join(["lightning-diag", "report", str(path), "--apply", "fixed.yaml"])
 
 
 def not_taken_away(base: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

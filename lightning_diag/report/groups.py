@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
+from lightning_diag.report.words import not_said_before
 from lightning_diag.rules.finding import Finding, Severity
 
 __all__ = ["Group", "grouped"]
@@ -27,6 +29,12 @@ class Group:
         """That of the gravest of all its findings: a cause is as grave as what follows from it."""
         everything = (self.first, *self.elsewhere, *self.consequences)
         return max(everything, key=lambda one: one.rank).severity
+
+    def told(self, finding: Finding) -> str:
+        """The message of one of its findings, without an end that one before it has, too."""
+        everything = (self.first, *self.elsewhere, *self.consequences)
+        before = takewhile(lambda one: one is not finding, everything)
+        return not_said_before(finding.message, [one.message for one in before])
 
 
 def grouped(findings: Sequence[Finding]) -> list[Group]:

@@ -1,12 +1,12 @@
 """report.html: one file that needs neither network nor server."""
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from lightning_diag.records.json_safe import json_safe
+from lightning_diag.report.experiment import apply_command
 from lightning_diag.report.groups import grouped
 from lightning_diag.report.looked import looked_at
 from lightning_diag.report.norms import WHOLE, ComponentNorms
@@ -68,7 +68,7 @@ def html_page(
         more=groups[FIRST:],
         evidence=EVIDENCE,
         shown=_SHOWN,
-        command=_command(run, findings),
+        command=apply_command(run.path, findings),
         until=looked_at(run).last,
         noted=[one for one in findings if one.rank == 0],
         figures=figures,
@@ -89,13 +89,6 @@ def html_page(
         whole=WHOLE,
     )
     return page
-
-
-def _command(run: "Run", findings: Sequence[Finding]) -> str:
-    """What writes an experiment with all overrides; empty where there is none."""
-    if not any(one.overrides for one in findings if one.rank > 0):
-        return ""
-    return shlex.join(["lightning-diag", "report", str(run.path), "--apply", "fixed.yaml"])
 
 
 def _notes(run: "Run") -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from lightning_diag.report.words import cut
 from lightning_diag.rules.finding import Finding
 
-__all__ = ["WORDS", "since", "what_is_wrong"]
+__all__ = ["WORDS", "noted", "plainly", "since", "what_is_wrong"]
 
 WORDS: dict[str, str] = {
     "vanishing_gradient": "hardly any gradient reaches {part}",
@@ -38,7 +38,7 @@ WORDS: dict[str, str] = {
     "frozen_in_optimizer": "frozen weights of {part} are moved by an optimizer",
     "unused_parameter": "weights of {part} get no gradient",
     "detached_graph": "no gradient can reach {part}: the graph is cut",
-    "missing_zero_grad": "old gradients are not cleared between steps",
+    "missing_zero_grad": "gradients of earlier steps are not cleared",
     "eval_mode_in_training": "{part} trains in evaluation mode",
     "tied_weight_broken": "weights that were one have come apart",
     "replica_drift": "the copies of the model on several devices differ",
@@ -74,6 +74,24 @@ def _name(component: str) -> str:
     """A name that fits a line, and can neither end a quotation nor steer a terminal."""
     shown = "".join(one if one.isprintable() else "?" for one in cut(component, _LONG))
     return shown.replace("`", "'")
+
+
+def noted(finding: Finding) -> str:
+    """Its message, with the part of the model in front where the message does not name it."""
+    name = finding.component
+    if name is None or name in finding.message:
+        return finding.message
+    return f"`{_name(name)}`: {finding.message}"
+
+
+def plainly(words: str) -> str:
+    """The same where no markup is shown: quotation marks tell a name from the words around it.
+
+    Example:
+        >>> plainly("hardly any gradient reaches `other`")
+        "hardly any gradient reaches 'other'"
+    """
+    return words.replace("`", "'")
 
 
 def since(finding: Finding, until: int | None = None) -> str:

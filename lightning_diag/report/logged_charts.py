@@ -39,7 +39,7 @@ def log_charts(run: str | Path | Run, loggers: Iterable[Any]) -> list[str]:
     if not takers:
         return []
     if find_spec("PIL") is None:
-        return ["The charts need Pillow: pip install 'lightning-diag[monitor]'."]
+        return ["The charts need Pillow: pip install pillow."]
     failed: list[str] = []
     try:
         read = run if isinstance(run, Run) else read_run(run)

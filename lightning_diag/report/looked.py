@@ -1,6 +1,7 @@
 """What was looked at in a run: silence is no health where nobody looked."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lightning_diag.rules.registry import RULES
@@ -14,7 +15,7 @@ DIAGNOSTICS: dict[str, tuple[str, tuple[str, ...]]] = {
     "GradientHealth": ("gradients", ("grad",)),
     "UpdateRatio": ("weight updates", ("update",)),
     "CollapseStop": ("loss and predictions", ("loss", "collapse")),
-    "WiringCheck": ("wiring of model, data and loss", ("wiring",)),
+    "WiringCheck": ("wiring", ("wiring",)),
     "ActivationHealth": ("activations", ("activation",)),
     "LatentStats": ("representation", ("latent",)),
     "AttentionCapture": ("attention", ("attention_head",)),
@@ -23,6 +24,8 @@ DIAGNOSTICS: dict[str, tuple[str, tuple[str, ...]]] = {
 """The diagnostics whose rows rules judge: what each looks at, and where its rows are."""
 
 _LATE = 10
+_NOTHING = re.compile(r"no [\w ]+ was seen")
+_IN_VAIN = {"AttentionCapture": "attention"}  # what also has rows where nothing is to be seen
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,14 @@ class Looked:
         unseen: What was not, by diagnostic.
         first: First step with a row; None where there is none.
         last: Last step with a row.
+        absent: What was looked for and is not there, by diagnostic.
     """
 
     seen: dict[str, str]
     unseen: dict[str, str]
     first: int | None = None
     last: int | None = None
+    absent: dict[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> str:
@@ -60,10 +65,23 @@ def looked_at(run: "Run") -> Looked:
     there = {one for one in _judged() if one in run.prefixes and not run.frame(one).is_empty()}
     seen: dict[str, str] = {}
     unseen: dict[str, str] = {}
+    absent: dict[str, str] = {}
+    in_vain = _in_vain(run)
     for name, (what, prefixes) in DIAGNOSTICS.items():
-        (unseen if there.isdisjoint(prefixes) else seen)[name] = what
+        without = absent if name in in_vain else unseen
+        (without if there.isdisjoint(prefixes) else seen)[name] = what
     edges = [edge for prefix in there for edge in _edges(run, prefix)]
-    return Looked(seen, unseen, min(edges, default=None), max(edges, default=None))
+    return Looked(seen, unseen, min(edges, default=None), max(edges, default=None), absent)
+
+
+def _in_vain(run: "Run") -> set[str]:
+    """Diagnostics that looked, and found that there is nothing of the kind in the model."""
+    found = {name for name, prefix in _IN_VAIN.items() if not run.frame(prefix).is_empty()}
+    notes = run.frame("notes")
+    if {"diagnostic", "message"} <= set(notes.columns):
+        said = zip(notes["diagnostic"], notes["message"], strict=True)
+        found |= {str(who) for who, what in said if _NOTHING.match(str(what))}
+    return found
 
 
 def _judged() -> set[str]:

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_diag.report.experiment import apply_command
 from lightning_diag.report.groups import Group, grouped
-from lightning_diag.report.norms import WHOLE, ComponentNorms
+from lightning_diag.report.issue_words import noted, what_is_wrong
+from lightning_diag.report.norms import ComponentNorms
 from lightning_diag.report.overhead import Overhead
 from lightning_diag.report.section import Section, Table
 from lightning_diag.report.verdict import Verdict
-from lightning_diag.report.words import override_words, short, step_words
+from lightning_diag.report.words import capital, override_words, short, step_words, to_try
 from lightning_diag.rules.finding import Finding
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ def markdown_page(
     if groups:
         told = (_group(number, one) for number, one in enumerate(groups, start=1))
         parts += ["## What is wrong, and what to try", *told]
+        command = apply_command(run.path, findings)
+        parts += ["Make an experiment with these changes:", f"    {command}"] if command else []
     parts += [
         "## Charts",
         "![Loss and learning rate](training.png)",
@@ -46,7 +50,7 @@ def markdown_page(
     for section in sections:
         parts += _section(section)
     if notes:
-        parts += ["## Noted", *(f"- {_prose(one.message)}" for one in notes)]
+        parts += ["## Noted", *(f"- {_prose(f'{noted(one)} {one.suggestion}')}" for one in notes)]
     if costs:
         parts += ["## Cost of watching", _costs(costs)]
     return "\n\n".join(parts) + "\n"
@@ -74,26 +78,31 @@ def _prose(text: str) -> str:
 
 def _group(number: int, group: Group) -> str:
     one = group.first
-    where = _plain(one.component or WHOLE)
+    steps, words = step_words(one.first_step, one.last_step), what_is_wrong(one)
+    where = f"in {_plain(one.component)}" if one.component and "`" not in words else ""
     lines = [
-        f"### {number}. {one.issue}: {where}",
-        f"*{group.severity}, {step_words(one.first_step, one.last_step)}*",
+        f"### {number}. {_prose(capital(words))}",
+        f"*{', '.join(filter(None, [group.severity, steps, where]))}; rule {_plain(one.rule)}*",
         _prose(one.message),
-        f"**Try:** {_prose(one.suggestion)}",
+        f"**Try:** {_prose(to_try(one.suggestion))}",
     ]
     if one.overrides:
-        lines.append(f"    {override_words(one.overrides)}")
+        lines += ["As overrides:", f"    {override_words(one.overrides)}"]
     if group.elsewhere:
-        lines += ["The same elsewhere:", "\n".join(map(_item, group.elsewhere))]
+        lines += ["The same elsewhere:", _items(group, group.elsewhere)]
     if group.consequences:
-        lines += ["Consequences:", "\n".join(map(_item, group.consequences))]
+        lines += ["Consequences:", _items(group, group.consequences)]
     return "\n\n".join(lines)
 
 
-def _item(one: Finding) -> str:
+def _items(group: Group, findings: Sequence[Finding]) -> str:
+    return "\n".join(_item(one, group.told(one)) for one in findings)
+
+
+def _item(one: Finding, message: str) -> str:
     steps = step_words(one.first_step, one.last_step)
     where = f" ({steps})" if steps else ""
-    return f"- **{one.issue}: {_plain(one.component or WHOLE)}**{where}. {_prose(one.message)}"
+    return f"- **{_prose(capital(what_is_wrong(one)))}**{where}. {_prose(message)}"
 
 
 def _section(section: Section) -> list[str]:

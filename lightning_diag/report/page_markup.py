@@ -22,10 +22,10 @@ TEMPLATE = """\
 alt="{{ figure.described }}"></div>
 </figure>
 {% endmacro %}
-{% macro also(one) %}
+{% macro also(one, group) %}
 {% set when = since(one, until) %}
 <li>{{ one|what_is_wrong|capital|prose }}{% if when %}, {{ when }}{% endif %}.
-<span class="quiet">{{ one.message|prose }}</span>
+<span class="quiet">{{ group.told(one)|prose }}</span>
 {% if one.overrides %}<code>{{ one.overrides|override_words }}</code>{% endif %}</li>
 {% endmacro %}
 {% macro card(group, number=none) %}
@@ -41,7 +41,7 @@ alt="{{ figure.described }}"></div>
 {% if one.component and "`" not in one|what_is_wrong %}<span>{{ one.component }}</span>{% endif %}
 </p>
 <p>{{ one.message|prose }}</p>
-<p><span class="try">Try first:</span> {{ first|prose }}</p>
+<p><span class="try">Try first:</span> {{ first|to_try|prose }}</p>
 {% if one.overrides %}
 <pre aria-label="override"><code>{{ one.overrides|override_words }}</code></pre>
 {% endif %}
@@ -52,12 +52,12 @@ consequence{{ "" if group.consequences|length == 1 else "s" }}:
 {% for effect in group.consequences[:shown] %}{{ effect|what_is_wrong|prose }}
 {%- if not loop.last %}, {% endif %}{% endfor %}
 {{ "and more" if group.consequences|length > shown }}</summary>
-<ul>{% for effect in group.consequences %}{{ also(effect) }}{% endfor %}</ul></details>
+<ul>{% for effect in group.consequences %}{{ also(effect, group) }}{% endfor %}</ul></details>
 {% endif %}
 {% if group.elsewhere %}
 <details><summary>The same in {{ group.elsewhere|length }} other
 part{{ "" if group.elsewhere|length == 1 else "s" }}</summary>
-<ul>{% for other in group.elsewhere %}{{ also(other) }}{% endfor %}</ul></details>
+<ul>{% for other in group.elsewhere %}{{ also(other, group) }}{% endfor %}</ul></details>
 {% endif %}
 <details><summary>{{ "What to try next, and the numbers" if rest else "The numbers" }}</summary>
 {% if rest %}<p>{{ rest|prose }}</p>{% endif %}
@@ -165,7 +165,7 @@ parameter tensor.</p>
 {% if noted %}
 <section aria-labelledby="noted"><h2 id="noted">Noted</h2>
 <p class="quiet">Worth knowing, but no alarm.</p>
-<ul>{% for one in noted %}<li>{{ one.message|prose }}
+<ul>{% for one in noted %}<li>{{ one|noted|prose }}
 <span class="quiet">{{ one.suggestion|prose }}</span></li>{% endfor %}</ul></section>
 {% endif %}
 <section aria-labelledby="cost"><h2 id="cost">Cost of watching</h2>

@@ -8,9 +8,16 @@ from functools import cache
 from typing import Any
 
 from lightning_diag.records.json_safe import json_safe
-from lightning_diag.report.issue_words import since, what_is_wrong
+from lightning_diag.report.issue_words import noted, since, what_is_wrong
 from lightning_diag.report.theme import chart_config
-from lightning_diag.report.words import capital, first_sentence, override_words, short, step_words
+from lightning_diag.report.words import (
+    capital,
+    first_sentence,
+    override_words,
+    short,
+    step_words,
+    to_try,
+)
 
 __all__ = [
     "drawn",
@@ -54,6 +61,8 @@ def page_template(text: str) -> Any:  # noqa: ANN401 - Jinja2 is loaded here onl
         first_sentence=first_sentence,
         capital=capital,
         question=_question,
+        to_try=to_try,
+        noted=noted,
         what_is_wrong=what_is_wrong,
         safe_json=Markup,
     )

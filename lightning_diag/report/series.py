@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lightning_diag.report.annotations import Onset, band_layer, mark_layer, onset_layer
+from lightning_diag.report.annotations import Onset, band_layer, mark_layer, onset_layer, step_axis
 from lightning_diag.report.theme import DASHES, WARNING, chart_config
 from lightning_diag.report.thinning import thin
 
@@ -237,9 +237,11 @@ def _panel(panel: Panel, names: list[str], on: _Across, datasets: dict[str, Rows
     if not rows and not pale:
         # marks alone: no height means anything
         panel = replace(panel, log=False, domain=(0.0, 1.0), band=None, rules={})
-    axis = alt.Axis(format=",d", tickMinStep=1, labelOverlap=True, labelFlush=True, tickCount=8)
     across = alt.X(
-        "x:Q", title=on.title, scale=alt.Scale(domain=list(on.edges), nice=False), axis=axis
+        "x:Q",
+        title=on.title,
+        scale=alt.Scale(domain=list(on.edges), nice=False),
+        axis=step_axis(on.edges),
     )
     scale = alt.Scale(type="log") if panel.log else alt.Scale(zero=False)
     if panel.domain is not None:

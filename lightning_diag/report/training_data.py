@@ -1,6 +1,7 @@
 """What the training chart draws: loss curves and learning rates out of the logged metrics."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,14 @@ from lightning_diag.report.thinning import thin
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["Curve", "TrainingData", "training_data"]
+__all__ = ["Curve", "TrainingData", "is_loss", "training_data"]
 
 _POINTS = 5000
 _MOST = 6  # curves a panel
 _FEW = 60  # points up to which each gets a dot
+_SHARE = re.compile(r"loss_shares?(?![a-z])")
+_STAGES = {"train": 0, "training": 0, "val": 1, "valid": 1, "validation": 1, "test": 2}
+_WHOLE = {"loss", "step", "epoch", "total"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def training_data(metrics: "pl.DataFrame") -> TrainingData:
         for name, kind in metrics.schema.items()
         if kind.is_numeric() and not name.endswith("_nonfinite")
     ]
-    loss_names = [name for name in numeric if "loss" in name.lower()]
+    loss_names = sorted((name for name in numeric if is_loss(name)), key=_order)
     rate_names = [name for name in numeric if name.lower().startswith("lr")]
     said = []
     for label, names in (("losses", loss_names), ("learning rates", rate_names)):
@@ -68,6 +72,24 @@ def training_data(metrics: "pl.DataFrame") -> TrainingData:
     steps = [row["step"] for curve in losses + rates for row in curve.points + curve.lost] or [0]
     edges = [min(steps), max(steps)] if min(steps) < max(steps) else [steps[0] - 1, steps[0] + 1]
     return TrainingData(losses, rates, edges, said, _describe(losses, rates, edges))
+
+
+def is_loss(name: str) -> bool:
+    """Whether a logged metric is a loss; what part of it another one makes up is none.
+
+    Example:
+        >>> is_loss("val_loss"), is_loss("loss_share/image"), is_loss("accuracy")
+        (True, False, False)
+    """
+    lower = name.lower()
+    return "loss" in lower and _SHARE.search(lower) is None
+
+
+def _order(name: str) -> tuple[bool, int]:
+    """The whole loss before its parts, training before validation and test."""
+    words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word]
+    stage = next((_STAGES[word] for word in words if word in _STAGES), 0)
+    return not _WHOLE.union(_STAGES).issuperset(words), stage
 
 
 def _curves(metrics: "pl.DataFrame", names: list[str]) -> list[Curve]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_diag.report.groups import Group, grouped
-from lightning_diag.report.issue_words import since, what_is_wrong
+from lightning_diag.report.issue_words import plainly, since, what_is_wrong
 from lightning_diag.report.looked import DIAGNOSTICS, Looked
 from lightning_diag.rules.finding import Finding
 
@@ -87,8 +87,9 @@ def _gradients_alone(steps: Sequence[int]) -> Looked:
 def _sick(state: State, groups: Sequence[Group], last: int | None) -> str:
     """The first cause, since when, and how much else there is."""
     first = groups[0]
-    words = [what_is_wrong(first.first).replace("`", ""), since(first.first, last)]
-    clause = " ".join(filter(None, words))
+    clause, when = plainly(what_is_wrong(first.first)), since(first.first, last)
+    # "does not learn from the start" would say something else
+    clause += f"{',' * when.startswith('from')} {when}" if when else ""
     if first.elsewhere:
         clause += f" (also in {_count(len(first.elsewhere), 'other part')})"
     effects, others = len(first.consequences), len(groups) - 1
@@ -141,7 +142,10 @@ def _who(looked: Looked) -> str:
         return ""
     over = f" in {looked.steps}" if looked.steps else ""
     text = f"Looked at{over}: {', '.join(looked.seen.values())}."
-    return text + (f" Not looked at: {', '.join(looked.unseen.values())}." if looked.unseen else "")
+    text += f" Looked for, but not there: {', '.join(looked.absent.values())}." * bool(
+        looked.absent
+    )
+    return text + f" Not looked at: {', '.join(looked.unseen.values())}." * bool(looked.unseen)
 
 
 def _state(findings: Sequence[Finding], steps: Sequence[int]) -> State:

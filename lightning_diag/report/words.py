@@ -2,10 +2,22 @@
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["capital", "cut", "first_sentence", "flatten", "override_words", "short", "step_words"]
+__all__ = [
+    "capital",
+    "cut",
+    "first_sentence",
+    "flatten",
+    "not_said_before",
+    "override_words",
+    "short",
+    "step_words",
+    "to_try",
+]
+
+_LONG_END = 80  # characters
 
 
 def first_sentence(text: str) -> tuple[str, str]:
@@ -20,6 +32,33 @@ def first_sentence(text: str) -> tuple[str, str]:
         if first.count("`") % 2 == 0 and first.count("(") == first.count(")"):
             return first, rest
     return text, ""
+
+
+def to_try(suggestion: str) -> str:
+    """A suggestion as it stands behind the word "try".
+
+    Example:
+        >>> to_try("Try a lower rate."), to_try("Clip the gradient.")
+        ('A lower rate.', 'Clip the gradient.')
+    """
+    return capital(suggestion.removeprefix("Try "))
+
+
+def not_said_before(text: str, before: Iterable[str]) -> str:
+    """A text without the long end that it shares with one of those before it.
+
+    Example:
+        >>> same = "At step 6 it was made by a square root in `net`: " + 50 * "x" + "."
+        >>> not_said_before(f"The loss is NaN. {same}", [f"A gradient is NaN. {same}"])
+        'The loss is NaN.'
+    """
+    for end in re.finditer(r"[.!?]\s+(?=[A-Z`])", text):
+        rest = text[end.end() :]
+        if len(rest) < _LONG_END:
+            break
+        if any(one.endswith(rest) for one in before):
+            return text[: end.start() + 1]
+    return text
 
 
 def short(value: float | None, missing: str = "-") -> str:

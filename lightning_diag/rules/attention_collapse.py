@@ -90,6 +90,12 @@ def _judge(
     when = f"since step {start}" if since else "from the first measured step on"
     keys = sorted({int(head.key) for head in heads if head.key == head.key})
     where = f", all queries at key {', '.join(map(str, keys[:3]))}" if one_key and keys else ""
+    # what was so before anything was learned is given
+    mask = (
+        "Check the mask first: one that is inverted leaves a single key to look at; and "
+        if one_key and not since
+        else "Check "
+    )
     then = (
         "It came about at once, from one look to the next, as no training does it."
         if at_once
@@ -113,7 +119,7 @@ def _judge(
             f"{where} (normalized entropy {entropy:.3f}). {then}"
         ),
         suggestion=(
-            "Check that scores are divided by the root of the head's width. Then a lower learning "
+            f"{mask}that scores are divided by the root of the head's width. Then a lower learning "
             "rate or a longer warm-up, normalization of queries and keys, or smaller weights at "
             "the start."
         ),

@@ -335,7 +335,7 @@ def _absurd(steps: list[int], typical: float, t: ExplodingGradient) -> Finding:
         evidence=Evidence(GRAD_FILE, evidence_steps(steps)),
         message=(
             f"The gradient norm is {typical:.3g} at the median, from the first steps on: signals "
-            "grow on their way through the model."
+            "grow on their way through the model, or the loss itself is huge."
         ),
         suggestion=(
             "Look at what makes them grow: weights that start too large (the deviation of a "
@@ -361,7 +361,7 @@ def _steadily_large(trace: Trace, alone: bool, t: ExplodingGradient) -> list[Fin
         return []
     typical = median(norms)
     if typical > t.absurd_l2 and not alone:
-        return [_absurd(steps, typical, t)]
+        return [_absurd([trace.steps[0], *steps], typical, t)]
     return [
         Finding(
             rule="exploding_gradient",

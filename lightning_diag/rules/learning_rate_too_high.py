@@ -254,8 +254,8 @@ def _parts(traces: Sequence[Updates], t: LearningRateTooHigh) -> list[Finding]:
                 ),
                 message=(
                     f"The learning rate of {name} {seen}, and a step there changed the weights by "
-                    f"{one.ratio:.2g} of their size (about 0.001 is usual): what they had learned "
-                    "is overwritten. That is a learning rate that is too high."
+                    f"{one.ratio:.2g} times their own size (about 0.001 is usual): what they had "
+                    "learned is overwritten. That is a learning rate that is too high."
                 ),
                 suggestion=(
                     "Bring this rate back to that of the others, or to what it was, and raise it "
@@ -518,7 +518,7 @@ def _finding(case: _Case, losses: Losses, rates: Rates | None, moves: _Moves) ->
         ""
         if not largest > 0.003
         else " Around there a step changed the weights by up to "
-        f"{largest:.2g} of their size (about 0.001 is usual)."
+        f"{largest:.2g} times their own size (about 0.001 is usual)."
     )
     rate = "" if rates is None else f", which is {max(rates.highs):.3g} at the highest"
     return Finding(

@@ -139,7 +139,7 @@ def _finding(losses: Losses, spikes: list[_Spike], severity: Severity, t: LossSp
     steps = [losses.steps[one.at] for one in spikes]
     first = losses.firsts[spikes[0].at]
     lasting = any(one.lasting for one in spikes)
-    number = "once" if len(spikes) == 1 else f"{len(spikes)} times"
+    number = "once," if len(spikes) == 1 else f"{len(spikes)} times, first"
     after = (
         " It has not come back to where it was."
         if lasting
@@ -157,7 +157,7 @@ def _finding(losses: Losses, spikes: list[_Spike], severity: Severity, t: LossSp
         unit="loss",
         evidence=Evidence(losses.file, evidence_steps(steps)),
         message=(
-            f"The loss leapt up {number}, first between the steps {first} and {steps[0]}; at worst "
+            f"The loss leapt up {number} between the steps {first} and {steps[0]}; at worst "
             f"to {losses.highs[worst.at]:.3g}, where {worst.usual:.3g} was usual.{after}"
         ),
         suggestion=(

@@ -279,8 +279,8 @@ def _smallest_tensor(traces: list[Trace], t: VanishingGradient) -> list[Finding]
                 unit="smallest l2 norm of one tensor",
                 evidence=Evidence(GRAD_FILE, evidence_steps(step for step, _ in low)),
                 message=(
-                    "At least one single tensor gets next to no gradient "
-                    f"(smallest norm {smallest:.1e}), while its component does."
+                    "Some single tensor gets next to no gradient "
+                    f"(smallest norm {smallest:.1e}), while the part it belongs to gets one."
                 ),
                 suggestion=(
                     "Usually nothing to do: a bias in front of a normalization, or of the keys in "

@@ -173,7 +173,7 @@ def eval_mode_in_training(wiring: "pl.DataFrame", thresholds: EvalModeInTraining
         found.append(
             fault.finding(
                 "warning" if whole else "info",
-                f"{fault.names} are in evaluation mode while the model trains, {what}: dropout "
+                f"In evaluation mode while the model trains, {what}: {fault.names}. Dropout "
                 "does nothing there, and batch normalization does not learn its statistics.",
                 "Call `.train()` before `fit`, as for a model that `from_pretrained` gave, and "
                 "after each `.eval()` inside `training_step`. A part that is meant to rest is "

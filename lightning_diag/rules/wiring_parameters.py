@@ -64,8 +64,9 @@ def unoptimized_parameter(
             if strangers
             else ""
         )
+        are = "is" if fault.number("count") == 1 else "are"
         message = (
-            f"{_count(fault)} ({fault.names}) are trainable, but in no optimizer; they {what}. "
+            f"{_count(fault)} ({fault.names}) {are} trainable, but in no optimizer; they {what}. "
             f"They never change.{stale}"
         )
         suggestion = (

@@ -110,7 +110,7 @@ def test_a_failure_is_a_warning_after_the_last_checkpoint(tmp_path, monkeypatch,
 
 def test_without_pillow_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(logged_charts, "find_spec", lambda name: None)
-    with pytest.warns(match=r"need Pillow: pip install 'lightning-diag\[monitor\]'\."):
+    with pytest.warns(match=r"need Pillow: pip install pillow\."):
         trained(tmp_path, True, board(tmp_path))
 
 

@@ -374,7 +374,9 @@ class TestModes:
         module.encoder.eval()
         found = only(findings(module, tmp_path))
         assert (found.rule, found.component) == ("eval_mode_in_training", "encoder")
-        assert found.message.startswith("`encoder` are in evaluation mode")
+        assert found.message.startswith(
+            "In evaluation mode while the model trains, with parameters that train: `encoder`."
+        )
 
     def test_the_whole_model_in_evaluation_mode(self, tmp_path):
         module = self.dropping()

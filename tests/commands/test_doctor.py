@@ -55,7 +55,8 @@ def test_a_missing_extra_is_told_and_no_fault(without):
     assert said.exit_code == 0
     assert "wandb: 1 of 1 missing" in said.output
     assert "wandb is not installed; wanted >=" in said.output
-    assert "pip install 'lightning-diag[wandb]'" in said.output
+    assert "to have it: pip install -e '.[wandb]' in a checkout, elsewhere" in said.output
+    assert "elsewhere pip install 'wandb>=" in said.output
 
 
 def test_a_missing_base_package_is_a_fault(without):

@@ -36,6 +36,13 @@ def test_a_run_whose_process_lives_is_running(folder):
     assert summary.learning_rate == 0.1
 
 
+def test_no_time_is_left_where_only_the_start_was_seen(folder):
+    folder.begin().train(0, 9)
+    summary = look(folder.path).summary()
+    assert (summary.state, summary.elapsed_seconds < 10) == ("running", True)
+    assert summary.remaining_seconds is None
+
+
 def test_a_run_whose_process_is_gone_was_killed(folder):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()

@@ -1,3 +1,5 @@
+import re
+
 import altair as alt
 import pytest
 import vl_convert
@@ -176,6 +178,29 @@ def test_training_picks_losses_and_rates_and_marks_what_was_lost():
         "loss",
         "learning rate",
     ]
+
+
+def test_training_draws_the_whole_loss_first_and_no_shares():
+    names = [f"loss_{i}" for i in range(9)]
+    names += ["loss_share/image", "loss_share_text", "val_loss_on", "val_loss", "train_loss"]
+    spec = training(
+        metrics_run([dict.fromkeys(names, 1.0) | {"step": i} for i in (0, 1)])
+    ).to_dict()
+    drawn = list(dict.fromkeys(row["metric"] for row in spec["datasets"]["loss"]))
+    assert drawn == ["train_loss", "val_loss", "loss_0", "loss_1", "loss_2", "loss_3"]
+    line = spec["vconcat"][0]["layer"][0]["encoding"]
+    assert line["color"]["scale"]["domain"] == drawn  # the first colour is that of training
+    assert spec["title"]["subtitle"] == ["The first 6 of 12 losses are drawn."]
+
+
+@pytest.mark.parametrize("steps", [[9], [8, 9], [0, 2], [0, 3], [0, 8], [100, 5000]])
+def test_each_tick_of_the_steps_is_another_number(steps):
+    spec = training(metrics_run([{"step": step, "loss": 1.0} for step in steps])).to_dict()
+    svg = vl_convert.vegalite_to_svg(spec)
+    axis = svg.split("X-axis titled 'optimizer step'")[1].split("optimizer step</text>")[0]
+    ticks = [int(text.replace(",", "")) for text in re.findall(r">([\d,]+)</text>", axis)]
+    assert len(ticks) == len(set(ticks)) > 1
+    assert ticks == sorted(ticks)
 
 
 def test_training_uses_a_log_axis_for_losses_over_two_decades():

@@ -1,6 +1,7 @@
 """Does the page begin with the verdict, the findings with their evidence, and what to try?"""
 
 import re
+from html import unescape
 
 import pytest
 
@@ -39,8 +40,8 @@ def first_screen(page):
 def test_verdict_findings_evidence_and_what_to_try_come_first(write_run, sick_rows):
     report = write_report(write_run(sick_rows, config=CONFIG))
     screen = first_screen(page_of(report))
-    assert report.verdict.headline in screen
-    assert report.verdict.headline.startswith("Critical: many units of body are switched off")
+    assert report.verdict.headline in unescape(screen)
+    assert report.verdict.headline.startswith("Critical: many units of 'body' are switched off")
     cards = re.findall(r"<article.*?</article>", screen, re.S)
     assert len(cards) == 2
     for number, card in enumerate(cards, start=1):

@@ -39,7 +39,7 @@ def test_table_and_sentences(write_run):
     section = updates_section(write_run({"update": rows}))
     assert section.title == "Updates"
     first, head, encoder = section.lines[0], *sorted(section.lines[1:], reverse=True)
-    assert "4 steps were measured, the last 199. 1 of them were skipped" in first
+    assert "4 steps were measured, the last 199. 1 of them was skipped" in first
     assert "2 parameters got a gradient and never changed" in head
     assert "`head.weight, head.bias`" in head
     assert "jumped at step 99, to at most 30 times" in encoder
@@ -51,6 +51,14 @@ def test_table_and_sentences(write_run):
     assert cells["head"][0] == "0"
     spec = section.charts["update_ratio"].to_dict()
     assert "rule of thumb" in str(spec)
+
+
+def test_norms_of_what_is_not_finite_are_no_numbers(write_run):
+    lost = update(99, "head", ratio=None, update_l2=0.0, weight_l2=0.0, nonfinite=7)
+    (table,) = updates_section(write_run({"update": [update(49, "head"), lost]})).tables
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (cells["last"], cells["update norm"]) == ("0.001", "not finite")
+    assert cells["weight norm"] == "not finite"
 
 
 def test_several_optimizers_are_kept_apart(write_run):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from lightning_diag.report.groups import grouped
-from lightning_diag.report.issue_words import WORDS, since, what_is_wrong
+from lightning_diag.report.issue_words import WORDS, noted, since, what_is_wrong
 from lightning_diag.report.looked import DIAGNOSTICS, Looked, looked_at
 from lightning_diag.report.verdict import judge
 from lightning_diag.rules import RULES, Finding
@@ -40,11 +40,11 @@ def test_a_cause_its_consequences_and_what_else_there_is():
         "Warning: the learning rate is too high since step 40; 2 other problems."
     )
     assert headline(found("input_bound", first_step=0)) == (
-        "Warning: training waits for data from the start."
+        "Warning: training waits for data, from the start."
     )
     two = [found("dead_relu", component=name) for name in ("body", "head")]
     assert headline(*two) == (
-        "Warning: many units of body are switched off for good since step 40 "
+        "Warning: many units of 'body' are switched off for good since step 40 "
         "(also in 1 other part)."
     )
 
@@ -58,8 +58,7 @@ def test_silence_says_who_looked():
     sentence = judge([], STEPS, {}, Looked(some, rest, 9000, 9599)).sentence
     assert sentence == (
         "Looked at in steps 9,000 to 9,599: gradients, weight updates, loss and predictions. Not "
-        "looked at: wiring of model, data and loss, activations, representation, attention, "
-        "machine."
+        "looked at: wiring, activations, representation, attention, machine."
     )
 
 
@@ -124,9 +123,20 @@ def test_who_looked_is_read_from_the_rows():
     rows |= {"health": every([900], findings=0), "component": every([700], parameters=3)}
     looked = looked_at(MadeUpRun(rows=rows))
     assert looked.seen == {"GradientHealth": "gradients"}  # no head of attention was seen
-    assert "AttentionCapture" in looked.unseen
+    assert looked.absent == {"AttentionCapture": "attention"}
+    assert "AttentionCapture" not in looked.unseen
+    assert (
+        "Looked for, but not there: attention. Not looked at: "
+        in judge([], [], {}, looked).sentence
+    )
     assert (looked.first, looked.last, looked.steps) == (0, 49, "50 steps")
     assert looked_at(MadeUpRun()).steps == ""
+    said = "no activation function was seen in the forward pass; nothing is measured."
+    notes = [{"step": 9, "diagnostic": "ActivationHealth", "message": said}]
+    notes += [{"step": 9, "diagnostic": "LatentStats", "message": "no rows: the disk is full."}]
+    looked = looked_at(MadeUpRun(rows={"notes": notes}))
+    assert looked.absent == {"ActivationHealth": "activations"}
+    assert "LatentStats" in looked.unseen
 
 
 def test_every_diagnostic_that_rules_judge_is_known():
@@ -144,6 +154,27 @@ def test_what_another_explains_stands_under_it():
     first, second = grouped([rate, near, far, lone, found("loss_plateau", "info")])
     assert (first.first, first.consequences) == (rate, (near, far))
     assert (second.first, second.consequences) == (lone, ())
+
+
+def test_what_was_said_is_not_said_again():
+    same = f"Step 6 was made again: the first NaN was made in `net.norm`{' by a root' * 9}."
+    cause = found("nonfinite_gradient", message=f"The gradient held NaN. {same}")
+    effect = found(
+        "nonfinite_loss", message=f"The loss was NaN. {same}", caused_by="nonfinite_gradient"
+    )
+    other = found("divergence", message="The loss rises. It fell.", caused_by="nonfinite_gradient")
+    (group,) = grouped([cause, effect, other])
+    assert group.told(cause) == cause.message
+    assert group.told(effect) == "The loss was NaN."
+    assert group.told(other) == other.message
+
+
+def test_a_note_names_its_part_once():
+    note = Finding("dead_relu", "info", component="body", message="Half are off.")
+    assert noted(note) == "`body`: Half are off."
+    named = Finding("dead_relu", "info", component="body", message="Half of `body` are off.")
+    assert noted(named) == named.message
+    assert noted(Finding("loss_spike", "info", message="Once.")) == "Once."
 
 
 def test_findings_that_explain_each_other_are_not_lost():

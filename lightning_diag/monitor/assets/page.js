@@ -132,7 +132,8 @@
     const tags = element("p", { class: "tags" }, element("span", { class: "tag", text: one.severity }));
     if (one.first_step !== null) tags.append(element("span", { text: `since step ${one.first_step}` }));
     if (one.caused_by) tags.append(element("span", { text: `caused by: ${one.caused_by.replaceAll("_", " ")}` }));
-    const attempt = element("p", {}, element("strong", { text: "Try: " }), ...prose(one.suggestion));
+    const said = one.suggestion.replace(/^Try (.)/, (_, letter) => letter.toUpperCase());
+    const attempt = element("p", {}, element("strong", { text: "Try: " }), ...prose(said));
     return element("article", { class: `card ${one.severity}` }, title, tags,
       element("p", {}, ...prose(one.message)), attempt);
   }

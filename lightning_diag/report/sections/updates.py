@@ -19,6 +19,8 @@ Chart = Any
 
 RULE_OF_THUMB = 1e-3
 
+_NORMS = ("update_l2", "weight_l2")
+
 _COLUMNS = (
     *("component", "ratio", "smallest", "largest", "last", "update norm", "weight norm"),
     *("elements that stayed", "never changed", "jumps"),
@@ -67,7 +69,8 @@ def _sentences(
     steps, skipped = {row["step"] for row in rows}, _steps(rows, "skipped")
     line = f"{len(steps)} steps were measured, the last {max(steps)}."
     if skipped:
-        line += f" {len(skipped)} of them were skipped, as the gradient scaler does."
+        were = "was" if len(skipped) == 1 else "were"
+        line += f" {len(skipped)} of them {were} skipped, as the gradient scaler does."
     lines = [line]
     for name, own in made.items():
         if name.startswith("whole model") or not own:
@@ -94,11 +97,12 @@ def _cells(name: str, own: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
     ratios, last = _known(own, "ratio"), own[-1]
     known = (median(ratios), min(ratios), max(ratios), ratios[-1]) if ratios else (None,) * 4
     stayed = _number(last.get("unchanged_share"))
+    # what the norms of such a row hold is of the finite elements alone
+    lost = bool(_number(last.get("nonfinite")))
     return (
         name,
         *(short(value) for value in known),
-        short(_number(last.get("update_l2"))),
-        short(_number(last.get("weight_l2"))),
+        *("not finite" if lost else short(_number(last.get(key))) for key in _NORMS),
         "-" if stayed is None else f"{100 * stayed:.1f} %",
         short(_number(last.get("never_changed"))),
         str(len(_steps(own, "jumped"))),
