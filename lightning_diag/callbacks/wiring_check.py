@@ -19,7 +19,14 @@ from lightning_diag.callbacks.wiring_forward import Cuts, ForwardWatch
 from lightning_diag.callbacks.wiring_gradients import Leftovers, SilentParameters
 from lightning_diag.callbacks.wiring_losses import LossWatch
 from lightning_diag.callbacks.wiring_modes import eval_mode
-from lightning_diag.callbacks.wiring_parameters import Book, Subject, Ties, listed, untied_by_config
+from lightning_diag.callbacks.wiring_parameters import (
+    Book,
+    Subject,
+    Ties,
+    hidden_parameters,
+    listed,
+    untied_by_config,
+)
 from lightning_diag.callbacks.wiring_reductions import Reductions, rows_of
 from lightning_diag.callbacks.wiring_rows import (
     Look,
@@ -380,7 +387,7 @@ class WiringCheck(Diagnostic):
         look.add("reductions", reductions.numbers())
         for index, value in self._leftovers.values.items():
             look.add(f"left_{index}", value)
-        look.rows += self._optimizer_rows(book)
+        look.rows += self._optimizer_rows(book, look.modules)
         look.rows += self._silent_rows(book)
         look.rows += self._lately_cut_rows(book, look.step) if automatic else []
         look.rows += self._tie_rows(pl_module, look.modules)
@@ -416,7 +423,7 @@ class WiringCheck(Diagnostic):
 
     # ---- rows ----
 
-    def _optimizer_rows(self, book: Book) -> list[Row]:
+    def _optimizer_rows(self, book: Book, modules: Mapping[str, nn.Module]) -> list[Row]:
         if self._blind:
             checks = ("unoptimized_parameter", "frozen_in_optimizer")
             return [plain_row(check, "unknown", "DeepSpeed") for check in checks]
@@ -427,6 +434,12 @@ class WiringCheck(Diagnostic):
         more: dict[str, Any] = {"value": float(book.strangers)}
         rows += book.rows("unoptimized_parameter", wanting, kind="gradient", **more)
         rows += book.rows("unoptimized_parameter", resting, kind="no gradient", **more)
+        hidden = hidden_parameters(modules, {*book.by_id, *book.optimized})
+        if hidden:
+            size = sum(one.numel() for _, one in hidden)
+            row = plain_row("unoptimized_parameter", "wrong", "not registered", **more)
+            row |= {"count": len(hidden), "parameters": size, "share": size / (size + book.total)}
+            rows.append(row | {"names": listed([name for name, _ in hidden])})
         if not rows:
             rows.append(plain_row("unoptimized_parameter", "ok", count=0, **more))
         frozen = book.frozen_in_optimizer()

@@ -37,7 +37,7 @@ _CALLS = 4
 DIFFERENCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 _KINDS = (
     *("cross_entropy", "nll_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
-    "kl_div",
+    *("kl_div", "poisson_nll_loss"),
 )
 # scores from which on the answer is yes
 _THRESHOLDS = {"binary_cross_entropy": 0.5, "binary_cross_entropy_with_logits": 0.0}
@@ -48,6 +48,7 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
     nn.CrossEntropyLoss: F.cross_entropy,
     nn.NLLLoss: F.nll_loss,
     nn.KLDivLoss: F.kl_div,
+    nn.PoissonNLLLoss: F.poisson_nll_loss,
     nn.BCELoss: F.binary_cross_entropy,
     nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
     nn.MSELoss: F.mse_loss,

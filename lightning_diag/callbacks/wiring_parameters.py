@@ -1,6 +1,6 @@
 """Parameters and optimizers laid side by side: who is in whose hands, and who is tied to whom."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,15 @@ from lightning_diag.callbacks.optimizers import own_parameters
 from lightning_diag.callbacks.wiring_tensors import attribute
 from lightning_diag.components import OTHER, Assignment, parameter_names, weight_of
 
-__all__ = ["Book", "Subject", "Ties", "listed", "twin_pairs", "untied_by_config"]
+__all__ = [
+    "Book",
+    "Subject",
+    "Ties",
+    "hidden_parameters",
+    "listed",
+    "twin_pairs",
+    "untied_by_config",
+]
 
 _NAMED = 4
 
@@ -85,6 +93,42 @@ class Book:
             row["names"] = listed([subject.name for subject in members])
             rows.append(row)
         return rows
+
+
+def hidden_parameters(
+    modules: Mapping[str, nn.Module], known: Container[int]
+) -> list[tuple[str, Parameter]]:
+    """Parameters with a gradient that modules keep in plain lists, which PyTorch passes by.
+
+    Args:
+        modules: All modules of the model, by name.
+        known: The ``id`` of the model's own parameters, and of those that optimizers have.
+
+    Returns:
+        Names, as in ``layers[1].weight``, and parameters; a part that no gradient reaches is kept
+        apart on purpose, as teachers are.
+    """
+    found: dict[int, tuple[str, Parameter]] = {}
+    for owner, module in modules.items():
+        for slot, value in vars(module).items():
+            if slot.startswith("_") or not isinstance(value, list | tuple | dict):
+                continue
+            members = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, member in members:
+                place = f"{owner}.{slot}[{key}]" if owner else f"{slot}[{key}]"
+                for name, one in _parameters_in(place, member):
+                    wanting = one.requires_grad and one.grad is not None
+                    if wanting and id(one) not in known:
+                        found.setdefault(id(one), (name, one))
+    return list(found.values())
+
+
+def _parameters_in(place: str, member: object) -> list[tuple[str, Parameter]]:
+    if isinstance(member, Parameter):
+        return [(place, member)]
+    if isinstance(member, nn.Module):
+        return [(f"{place}.{name}", one) for name, one in member.named_parameters()]
+    return []
 
 
 def listed(names: Sequence[str], most: int = _NAMED) -> str:

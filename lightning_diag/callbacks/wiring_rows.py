@@ -182,6 +182,8 @@ def _mismatch(call: LossCall, facts: Mapping[str, float]) -> str | None:
         return "out of range"
     if call.kind == "nll_loss" and (facts["high"] > slack or facts["log_off"] > 0.1):
         return "not log-probabilities"
+    if call.kind == "poisson_nll_loss" and low < 0:
+        return "negative counts"
     if call.kind == "kl_div" and facts["high"] > slack:
         return "not log-probabilities"
     if call.kind in DIFFERENCES:

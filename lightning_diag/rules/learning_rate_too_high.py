@@ -366,6 +366,11 @@ def _from_the_start(
     # a huge gradient before the first step asks for another scale, not for another rate
     if curve.norm > t.huge_norm and not rate > t.large_rate:
         return None
+    if jumped > t.wild_jump and early > t.part_ratio:
+        # even where it comes back: what the weights began with has been overwritten
+        within = curve.steps[:2][-1] + 1
+        said = f"jumped to {jumped:.3g} times its first value within {within} steps"
+        return _case("jump", curve.firsts[0], jumped, t.wild_jump, said, now)
     strict = 2.5 if math.isnan(large) else 1.0
     # the further it jumped, the less of it has to be left
     level = t.small_level if jumped <= t.far_jump else t.lasting_level

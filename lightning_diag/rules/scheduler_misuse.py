@@ -38,6 +38,8 @@ class SchedulerMisuse:
 
     ended_share: float = field(default=0.005, metadata={"unit": "share of the highest rate"})
     stepped_share: float = field(default=0.0005, metadata={"unit": "share of the highest rate"})
+    early_share: float = field(default=0.02, metadata={"unit": "share of the highest rate"})
+    most: float = field(default=0.7, metadata={"unit": "share of steps, at such a rate"})
     many_drops: float = field(default=4, metadata={"unit": "drops"})
     lost_share: float = field(default=0.2, metadata={"unit": "share of steps"})
     lost_steps: float = field(default=20, metadata={"unit": "steps"})
@@ -309,15 +311,16 @@ def _spent(rates: Rates, t: SchedulerMisuse) -> Finding | None:
     # steps down by ten, three of them, are what everyone trains with
     stepped = changes <= 0.34 and len(drops) < t.many_drops and 0.0 not in drops
     bound = (t.stepped_share if stepped else t.ended_share) * top
-    since = len(rates.highs)
-    while since > peak + 1 and rates.highs[since - 1] <= bound:
-        since -= 1
-    if since == len(rates.highs):
-        return None
-    last, start = rates.steps[-1], rates.firsts[since]
-    total, lost = last - rates.firsts[0] + 1, last - start + 1
-    if lost < t.lost_steps or lost < t.lost_share * total:
-        return None
+    since = _low_since(rates, peak, bound)
+    last, total = rates.steps[-1], rates.steps[-1] - rates.firsts[0] + 1
+    lost = 0 if since is None else last - rates.firsts[since] + 1
+    if since is None or lost < t.lost_steps or lost < t.lost_share * total:
+        # a rate that is low for most of the run need not be as low
+        since = _low_since(rates, peak, t.early_share * top)
+        lost = 0 if since is None else last - rates.firsts[since] + 1
+        if since is None or lost < t.lost_steps or lost < t.most * total:
+            return None
+    start = rates.firsts[since]
     return _finding(
         rates,
         "warning",
@@ -329,6 +332,14 @@ def _spent(rates: Rates, t: SchedulerMisuse) -> Finding | None:
         f"Stretch the schedule over the whole run. {_UNITS} A `ReduceLROnPlateau` needs more "
         "patience, a threshold above the noise of what it watches, and a `min_lr`.",
     )
+
+
+def _low_since(rates: Rates, peak: int, bound: float) -> int | None:
+    """The window from which on all rates lie below a bound; None where the last does not."""
+    since = len(rates.highs)
+    while since > peak + 1 and rates.highs[since - 1] <= bound:
+        since -= 1
+    return None if since == len(rates.highs) else since
 
 
 def _endless_warmup(

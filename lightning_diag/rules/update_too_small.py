@@ -96,7 +96,7 @@ def update_too_small(
                 excused = learned and not alone
                 found.append(_finding(kind, [one], one[0].component, excused, thresholds))
     if len(stopped) < len(traces):
-        found += [_finding("tiny", [one], one[0].component, False, thresholds) for one in stopped]
+        found += [_stopped_finding(one, steps, thresholds) for one, steps in stopped]
     return found
 
 
@@ -123,7 +123,7 @@ def _judge(trace: Updates, gradient: Trace | None, t: UpdateTooSmall) -> tuple[l
         zeros = 0.0 if math.isnan(zeros) else zeros
         if norms and max(norms) == 0.0:
             return [], ""
-    since = _stopped(rows, gradient)
+    since = _stopped([row[:3] for row in list(zip(*columns, strict=True))[skip:]], gradient)
     if len(since) >= t.min_rows:
         return since, "stopped"
     tiny = [step for step, ratio, _ in rows if ratio < t.min_ratio]
@@ -152,6 +152,33 @@ def _stopped(rows: list[tuple[int, float, float]], gradient: Trace | None) -> li
             break
         since.insert(0, step)
     return since if len(since) < len(rows) else []
+
+
+def _stopped_finding(trace: Updates, steps: list[int], t: UpdateTooSmall) -> Finding:
+    rates = dict(zip(trace.steps, trace.rates, strict=True))
+    zero = all(rates[step] == 0.0 for step in steps)
+    why = " Its learning rate is zero since then." if zero else ""
+    return Finding(
+        rule="update_too_small",
+        severity="warning",
+        component=trace.component,
+        first_step=steps[0],
+        last_step=steps[-1],
+        observed=0.0,
+        threshold=t.min_ratio,
+        unit="update over weight",
+        evidence=Evidence(UPDATE_FILE, evidence_steps(steps)),
+        message=(
+            f"Not one weight of `{trace.component}` has moved since step {steps[0]}, though it has "
+            f"a gradient and other parts move on.{why}"
+        ),
+        suggestion=(
+            "If this part is meant to rest from there on, freeze it with `requires_grad_(False)`, "
+            "which saves its backward pass. Otherwise look at the rate of its parameter group, and "
+            "at what writes its weights back."
+        ),
+        confidence=0.8,
+    )
 
 
 def _finding(

@@ -126,6 +126,13 @@ def _mismatch(fault: Fault) -> tuple[Severity, str, str]:
             "of an activation that ends at 1: they cannot get there.",
             "Leave the activation out of the last layer, or scale the targets into its range.",
         )
+    if fault.kind == "negative counts":
+        return (
+            "warning",
+            f"`{where}` takes counts, and is given targets from {low:g} on: below zero it has no "
+            "lower end.",
+            "Give it the counts as they are, not standardized; or take a loss for numbers.",
+        )
     if fault.kind == "one class":
         return (
             "warning",

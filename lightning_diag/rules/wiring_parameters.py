@@ -54,6 +54,9 @@ def unoptimized_parameter(
     for fault in faults(wiring, "unoptimized_parameter"):
         if fault.looks < thresholds.min_looks:
             continue
+        if fault.kind == "not registered":
+            found.append(_not_registered(fault))
+            continue
         wanting = fault.kind == "gradient"
         severity: Severity = "warning" if wanting else "info"
         what = "get a gradient, which nobody uses" if wanting else "get no gradient either"
@@ -79,6 +82,21 @@ def unoptimized_parameter(
             )
         )
     return found
+
+
+def _not_registered(fault: Fault) -> Finding:
+    are = "is" if fault.number("count") == 1 else "are"
+    return fault.finding(
+        "warning",
+        f"{_count(fault)} ({fault.names}) {are} kept in a plain list or dictionary, which PyTorch "
+        "does not look into: the model does not have them, no optimizer gets them, and they are "
+        "in no checkpoint. They get a gradient, which nobody uses.",
+        "Keep modules in `nn.ModuleList` or `nn.ModuleDict`, and parameters in `nn.ParameterList`.",
+        observed=fault.share,
+        threshold=0.0,
+        unit=_SHARE,
+        confidence=0.95,
+    )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,37 @@ from tests.promises.trace import differences, seed, train
 
 
 class TestParameters:
+    @pytest.mark.parametrize("kind", ["list", "dictionary", "parameter"])
+    def test_in_a_plain_list(self, tmp_path, kind):
+        class Hidden(Plain):
+            def make(self):
+                extra = nn.Parameter(torch.eye(8)) if kind == "parameter" else nn.Linear(8, 8)
+                self.extra = {"one": extra} if kind == "dictionary" else [extra]
+
+            def forward(self, x):
+                y = self.encoder(x)
+                for one in self.extra.values() if kind == "dictionary" else self.extra:
+                    y = y @ one if kind == "parameter" else one(y)
+                return self.head(y)
+
+        found = only(findings(Hidden(), tmp_path))
+        assert found.rule == "unoptimized_parameter"
+        name = {"list": "extra[0].weight", "dictionary": "extra[one].weight"}
+        assert name.get(kind, "extra[0]") in found.message
+        assert "plain list or dictionary" in found.message
+
+    def test_a_teacher_in_a_plain_list_is_kept_apart(self, tmp_path):
+        class Distilled(Plain):
+            def make(self):
+                self.teachers = [nn.Linear(WIDTH, CLASSES)]
+
+            def training_step(self, batch, batch_idx):
+                with torch.no_grad():
+                    wanted = self.teachers[0](batch[0]).softmax(1)
+                return F.cross_entropy(self(batch[0]), wanted)
+
+        assert calm(findings(Distilled(), tmp_path))
+
     def test_trainable_in_no_optimizer(self, tmp_path):
         class Forgotten(Plain):
             def configure_optimizers(self):

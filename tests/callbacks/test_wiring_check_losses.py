@@ -516,3 +516,12 @@ class TestReach:
 
         rules = [one.rule for one in findings(Compared(), tmp_path) if one.rank > 0]
         assert ("loss_target_mismatch" in rules) != logarithm
+
+    @pytest.mark.parametrize(("shift", "found"), [(-1.0, True), (0.0, False)])
+    def test_counts_are_not_negative(self, tmp_path, shift, found):
+        class Counting(Regression):
+            def training_step(self, batch, batch_idx):
+                return F.poisson_nll_loss(self(batch[0])[:, 0], batch[1].abs() + shift)
+
+        rules = [one.rule for one in findings(Counting(), tmp_path, numbers()) if one.rank > 0]
+        assert ("loss_target_mismatch" in rules) == found

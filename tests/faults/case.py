@@ -27,6 +27,10 @@ DEFAULTS: Config = {
 """Settings of a run, by the keys that the project's own experiments have."""
 
 
+# how the names of cases begin that no rule has been changed for
+_UNSEEN = "unseen_"
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained.
@@ -86,15 +90,15 @@ class Case:
     @property
     def unseen(self) -> bool:
         """Whether it was written when the rules were done, and no threshold was chosen by it."""
-        return self.name.startswith("last_")
+        return self.name.startswith(_UNSEEN)
 
     @property
     def group(self) -> str:
         """The group of cases that it is counted with."""
         if self.unseen:
             return "written last"
-        if self.name.startswith(("later_", "fresh_")):
-            return "second and third exam"
+        if self.name.startswith(("later_", "fresh_", "last_")):
+            return "second to fourth exam"
         return "second half" if self.held_out else "first half"
 
     def __reduce__(self) -> tuple[Any, ...]:

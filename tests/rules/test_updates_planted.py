@@ -489,3 +489,34 @@ def test_a_run_that_collapses_at_once_and_is_not_stopped(rate, found):
     run.rows["collapse"][-1]["action"] = None
     said = " ".join(one.message for one in diagnose(run, on_error="raise"))
     assert ("The first step ruined the run" in said) == found
+
+
+def test_a_wild_jump_counts_even_if_the_loss_comes_back():
+    losses = falling(200, 1.4, 0.05, speed=20.0)
+    losses[2:8] = 500.0
+    ratios = {"body": [0.15] + [0.01] * 39, "head": [0.17] + [0.01] * 39}
+    rows = {"loss": windows(losses, rates=1.0), "update": updates(ratios, rates=1.0)}
+    rows["collapse"] = start(1.4)
+    assert only(MadeUpRun(rows), "learning_rate_too_high").first_step == 0
+    losses[2:8] = 5.0
+    rows["loss"] = windows(losses, rates=1.0)
+    assert "learning_rate_too_high" not in alarms(MadeUpRun(rows))
+
+
+@pytest.mark.parametrize(("at", "found"), [(20, True), (120, False)])
+def test_a_rate_that_is_low_for_most_of_the_run(at, found):
+    rates = np.where(np.arange(200) < at, 5e-3, 5e-5)
+    run = MadeUpRun({"loss": windows(falling(), rates=rates)})
+    assert ("scheduler_misuse" in alarms(run)) == found
+
+
+def test_a_part_whose_rate_becomes_zero_though_it_has_a_gradient():
+    rows = updates({"body": [2e-3] * 20 + [0.0] * 20, "head": [2e-3] * 40})
+    for row in rows:
+        if row["component"] == "body" and row["step"] > 100:
+            row |= {"lr": 0.0, "unchanged_share": 1.0}
+    gradients = [
+        {"step": step, "component": "body", "l2": 0.5, "count": 1000} for step in range(4, 200, 5)
+    ]
+    finding = only(MadeUpRun({"update": rows, "grad": gradients}), "update_too_small")
+    assert (finding.component, finding.first_step) == ("body", 104)
