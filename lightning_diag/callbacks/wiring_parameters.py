@@ -23,6 +23,7 @@ __all__ = [
     "untied_by_config",
 ]
 
+_MOST_MEMBERS = 1000
 _NAMED = 4
 
 
@@ -111,7 +112,9 @@ def hidden_parameters(
     found: dict[int, tuple[str, Parameter]] = {}
     for owner, module in modules.items():
         for slot, value in vars(module).items():
-            if slot.startswith("_") or not isinstance(value, list | tuple | dict):
+            plain = isinstance(value, list | tuple | dict) and not slot.startswith("_")
+            # a list that is longer keeps numbers, and no layers
+            if not plain or len(value) > _MOST_MEMBERS:
                 continue
             members = value.items() if isinstance(value, dict) else enumerate(value)
             for key, member in members:
