@@ -52,6 +52,12 @@ class TestCollapse:
             found.message
         )
 
+    @pytest.mark.parametrize(("before", "expected"), [(0.7, "warning"), (0.2, "info")])
+    def test_at_once_though_the_loss_falls(self, before, expected):
+        entropy = [before] * 12 + [1e-6] * (len(STEPS) - 12)
+        rows = heads([entropy] * 4)
+        assert severity(self.rule, attention_head=rows, loss=FALLS) == expected
+
     def test_two_keys_are_no_choice(self):
         rows = heads([0.01] * 4, keys=2.0)
         assert judge(self.rule, attention_head=rows, loss=STANDS) is None

@@ -144,6 +144,10 @@ class TestRepresentationCollapse:
         cosines = [1 - 0.0005 * 1.1**i for i in range(len(STEPS))]
         assert judge(self.rule, latent=latent(cosines), loss=STANDS) is None
 
+    @pytest.mark.parametrize(("cosine", "expected"), [(1.0, "warning"), (0.9999, "info")])
+    def test_exactly_the_same_from_the_start_though_the_loss_falls(self, cosine, expected):
+        assert severity(self.rule, latent=latent(cosine), loss=FALLS) == expected
+
     def test_a_collapse_that_lowers_the_loss(self):
         cosines = [0.3] * 5 + [0.9999] * (len(STEPS) - 5)
         assert severity(self.rule, latent=latent(cosines), loss=FALLS) == "critical"

@@ -520,3 +520,19 @@ def test_a_part_whose_rate_becomes_zero_though_it_has_a_gradient():
     ]
     finding = only(MadeUpRun({"update": rows, "grad": gradients}), "update_too_small")
     assert (finding.component, finding.first_step) == ("body", 104)
+
+
+def test_a_gradient_of_exactly_zero_is_no_mark_of_the_rate():
+    run = ended([3.9, 0.0, 0.0, 0.0], [5.66, 4.852, 4.852, 4.852], "vanishing_gradient", 30.0)
+    assert "learning_rate_too_high" not in alarms(run)
+
+
+@pytest.mark.parametrize(("ratio", "found"), [(0.005, True), (0.2, False)])
+def test_weights_that_grew_more_than_their_steps_can_have_made_them_are_noted(ratio, found):
+    rows = updates({"body": [ratio] * 40, "head": [0.005] * 40})
+    for row in rows:
+        if row["component"] == "body" and row["step"] > 100:
+            row["weight_rms"] = 0.7
+    noted = [one for one in diagnose(MadeUpRun({"update": rows})) if one.unit == "times its size"]
+    assert bool(noted) == found
+    assert all((one.severity, one.component) == ("info", "body") for one in noted)
